@@ -1,0 +1,3 @@
+//! The uhmm command.
+#![forbid(unsafe_code)]
+fn main() {}

@@ -1,0 +1,3 @@
+//! House rules.
+#![forbid(unsafe_code)]
+fn main() {}
