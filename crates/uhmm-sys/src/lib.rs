@@ -1,7 +1,38 @@
 //! What uhmm asks of the Linux kernel, and nothing more.
 //!
+//! One module, one thing of the kernel's. Everything answers typed errors where the kernel is too old or a permission is
+//! missing; [`uffd`] holds the argument why functions that change memory by address are safe to call.
+//!
+//! ```text
+//! addr              addresses and ranges as types
+//! arena, heap, spin the engine's own memory
+//! mem               untyped memory: staging bytes, device memory, shared control data
+//! uffd              userfaultfd
+//! pagemap, maps     what the page tables and the map of the process say
+//! access            the program's memory, as a system call reaches it
+//! thread, tls       threads whose stacks cannot be away
+//! fence, futex      ordering and waiting
+//! limits, exclude   what the engine must live within, and what it must leave alone
+//! raw               system calls
+//! ```
 // UNSAFETY: this crate is the trust boundary: system calls, raw memory and foreign threads are reached from here only.
 
-pub mod addr;
-
+#[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
 pub use rustix::io::Errno;
+
+pub mod access;
+pub mod addr;
+pub mod arena;
+pub mod exclude;
+pub mod fence;
+pub mod futex;
+mod heap;
+pub mod limits;
+pub mod maps;
+pub mod mem;
+pub mod pagemap;
+mod raw;
+mod spin;
+pub mod thread;
+mod tls;
+pub mod uffd;

@@ -1,0 +1,200 @@
+//! The program's memory as a system call reaches it: obeying the mapping's protection, raising page faults that are
+//! served, and answering an error where there is nothing, never a signal.
+//!
+//! Also the calls by which the engine changes the program's mappings. They are safe to call by the argument of
+//! [`crate::uffd`]'s *Trust*: the engine's own Rust objects are refused with `EINVAL`, and elsewhere the engine
+//! answers for the content.
+//!
+//! # Kernel
+//! `process_vm_readv(2)` and `process_vm_writev(2)` on the process itself. They pin a page while they copy: a
+//! `UFFDIO_MOVE` of the same page answers `EBUSY` meanwhile.
+// UNSAFETY: copies between addresses, and calls that change mappings.
+
+use crate::{
+    Errno,
+    addr::{PageRange, VirtAddr},
+    arena,
+    maps::Prot,
+    mem::{HostBytes, Mapping},
+    raw,
+};
+
+pub use crate::uffd::Copied;
+
+/// The most that one system call moves; longer copies take several.
+const CHUNK: u64 = 1 << 30;
+
+#[derive(Clone, Copy)]
+enum Direction {
+    FromProgram,
+    ToProgram,
+}
+
+/// Copies between `local` and `remote` until all is done or a page answers an error. Progress is whole pages of
+/// `remote`, but at its ends.
+///
+/// # Safety
+/// `local..local + len` is the caller's: readable for `ToProgram`, writable and unborrowed for `FromProgram`.
+unsafe fn copy(direction: Direction, local: VirtAddr, remote: VirtAddr, len: u64) -> Copied {
+    let nr = match direction {
+        Direction::FromProgram => libc::SYS_process_vm_readv,
+        Direction::ToProgram if arena::touches_typed(remote, len) => return Copied::none(Errno::INVAL),
+        Direction::ToProgram => libc::SYS_process_vm_writev,
+    };
+    let pid = u64::from(raw::getpid());
+    let mut done = 0;
+    while done < len {
+        let part = (len - done).min(CHUNK);
+        let [local, remote] = [local, remote].map(|addr| [addr.get().wrapping_add(done), part]);
+        let vectors = [raw::ptr_arg(local.as_ptr()), 1, raw::ptr_arg(remote.as_ptr()), 1, 0];
+        // SAFETY: each vector is one `iovec` (address and length); the local side is the caller's, and the remote side
+        // is reached under the protection of its mapping and, when written, is not the engine's typed memory.
+        match unsafe { raw::syscall(nr, [pid, vectors[0], vectors[1], vectors[2], vectors[3], vectors[4]]) } {
+            // Short: the next call starts at the page that stopped this one, and says why.
+            Ok(n) if n > 0 => done += n,
+            Ok(_) => return Copied { done, stop: Some(Errno::FAULT) },
+            Err(e) => return Copied { done, stop: Some(e) },
+        }
+    }
+    Copied::all(len)
+}
+
+/// Reads the program's memory.
+///
+/// # Errors
+/// In [`Copied::stop`]: `EFAULT`: not mapped, not readable, or a page that cannot be had. `EPERM`, `ENOSYS`: the call is
+/// forbidden here (by seccomp).
+pub fn read(addr: VirtAddr, buf: &mut [u8]) -> Copied {
+    // SAFETY: the local side is `buf`, borrowed exclusively.
+    unsafe { copy(Direction::FromProgram, VirtAddr::of(buf.as_mut_ptr()), addr, buf.len() as u64) }
+}
+
+/// Writes the program's memory.
+///
+/// # Errors
+/// As [`read`], for writing; `EINVAL`: the engine's own typed memory.
+pub fn write(addr: VirtAddr, bytes: &[u8]) -> Copied {
+    // SAFETY: the local side is `bytes`, borrowed.
+    unsafe { copy(Direction::ToProgram, VirtAddr::of(bytes.as_ptr()), addr, bytes.len() as u64) }
+}
+
+/// Reads the program's memory into staging memory.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_to_host(addr: VirtAddr, host: HostBytes) -> Copied {
+    // SAFETY: the local side is untyped memory that stays mapped.
+    unsafe { copy(Direction::FromProgram, host.addr(), addr, host.len()) }
+}
+
+/// Writes staging memory to the program's.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_from_host(addr: VirtAddr, host: HostBytes) -> Copied {
+    // SAFETY: the local side is untyped memory that stays mapped.
+    unsafe { copy(Direction::ToProgram, host.addr(), addr, host.len()) }
+}
+
+/// Reads `len` bytes of the program's memory to `off` of a mapping.
+///
+/// # Errors
+/// As [`read`].
+///
+/// # Panics
+/// If they do not fit.
+#[track_caller]
+pub fn read_to_mapping(addr: VirtAddr, mapping: &Mapping, off: u64, len: u64) -> Copied {
+    let local = within(mapping, off, len);
+    // SAFETY: the local side is untyped memory, mapped while `mapping` is borrowed.
+    unsafe { copy(Direction::FromProgram, local, addr, len) }
+}
+
+/// Writes `len` bytes at `off` of a mapping to the program's memory.
+///
+/// # Errors
+/// As [`write`].
+///
+/// # Panics
+/// If the mapping does not hold them.
+#[track_caller]
+pub fn write_from_mapping(addr: VirtAddr, mapping: &Mapping, off: u64, len: u64) -> Copied {
+    let local = within(mapping, off, len);
+    // SAFETY: the local side is untyped memory, mapped while `mapping` is borrowed.
+    unsafe { copy(Direction::ToProgram, local, addr, len) }
+}
+
+#[track_caller]
+fn within(mapping: &Mapping, off: u64, len: u64) -> VirtAddr {
+    let fits = off.checked_add(len).is_some_and(|end| end <= mapping.len());
+    assert!(fits, "bytes {off:#x}+{len:#x} of {:#x}: out of range", mapping.len());
+    mapping.range().start().add(off)
+}
+
+/// Faults the pages of `range` in for reading, as a load would.
+///
+/// # Errors
+/// `ENOMEM`: part of it is not mapped, or no memory. `EFAULT`: a page that a touch would answer with `SIGBUS`, or
+/// protection. `EINVAL`: a kernel before 5.14, or a mapping of the wrong kind. `EHWPOISON`.
+///
+/// # Kernel
+/// `madvise(2)` with `MADV_POPULATE_READ`.
+pub fn populate_read(range: PageRange) -> Result<(), Errno> {
+    // SAFETY: as a load; changes no bytes.
+    unsafe { raw::madvise(range, libc::MADV_POPULATE_READ) }
+}
+
+/// Faults the pages of `range` in for writing, as a store would, but changes no bytes. Breaks sharing after a fork.
+///
+/// # Errors
+/// As [`populate_read`].
+///
+/// # Kernel
+/// `madvise(2)` with `MADV_POPULATE_WRITE`.
+pub fn populate_write(range: PageRange) -> Result<(), Errno> {
+    // SAFETY: as a store that changes no bytes.
+    unsafe { raw::madvise(range, libc::MADV_POPULATE_WRITE) }
+}
+
+/// Drops the pages of `range`. Private anonymous memory is a hole afterwards. Pages of `mlock`ed memory too.
+///
+/// # Errors
+/// `EINVAL`: memory that cannot be dropped (or is the engine's own typed memory). `EPERM`: sealed. `ENOMEM`: part of it is
+/// not mapped; the rest is done.
+///
+/// # Kernel
+/// `madvise(2)` with `MADV_DONTNEED`, then `MADV_DONTNEED_LOCKED` (Linux 5.18). Where the range is registered for remove
+/// events, one is sent first and must be read by another thread.
+pub fn zap(range: PageRange) -> Result<(), Errno> {
+    if arena::touches_typed(range.start(), range.bytes()) {
+        return Err(Errno::INVAL);
+    }
+    // SAFETY: not the engine's Rust objects; elsewhere the engine answers for the content (see Trust in `uffd`).
+    match unsafe { raw::madvise(range, libc::MADV_DONTNEED) } {
+        // SAFETY: as above.
+        Err(Errno::INVAL) => unsafe { raw::madvise(range, libc::MADV_DONTNEED_LOCKED) },
+        done => done,
+    }
+}
+
+/// Changes the protection of `range`.
+///
+/// # Errors
+/// `ENOMEM`: part of it is not mapped, or too many VMAs. `EACCES`: a file that does not allow it. `EPERM`: sealed.
+/// `EINVAL`: the engine's own typed memory.
+///
+/// # Kernel
+/// `mprotect(2)`.
+pub fn protect(range: PageRange, prot: Prot) -> Result<(), Errno> {
+    if arena::touches_typed(range.start(), range.bytes()) {
+        return Err(Errno::INVAL);
+    }
+    let mut flags = libc::PROT_NONE;
+    for (bit, flag) in [(Prot::READ, libc::PROT_READ), (Prot::WRITE, libc::PROT_WRITE), (Prot::EXEC, libc::PROT_EXEC)] {
+        if prot.contains(bit) {
+            flags |= flag;
+        }
+    }
+    // SAFETY: not the engine's Rust objects; a touch against the new protection is a signal, not a wrong value.
+    unsafe { raw::mprotect(range, flags) }
+}

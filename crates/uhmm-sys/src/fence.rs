@@ -1,0 +1,64 @@
+//! Asymmetric fences: one side pays nearly nothing, the other pays for both.
+//!
+//! A thread that stores and then loads with [`light`] between, and a thread that stores and then loads with [`heavy`]
+//! between, cannot both miss the other's store. Where the kernel has `membarrier`, `light` only keeps the compiler
+//! from reordering, and `heavy` makes every CPU that runs the process execute a full fence. Elsewhere both are full
+//! fences.
+// UNSAFETY: one system call.
+
+use std::sync::atomic::{
+    AtomicBool,
+    Ordering::{Acquire, Release, SeqCst},
+    compiler_fence, fence,
+};
+
+use crate::raw;
+
+const PRIVATE_EXPEDITED: u64 = 1 << 3;
+const REGISTER_PRIVATE_EXPEDITED: u64 = 1 << 4;
+
+/// Set once, never cleared: a process stays registered, and its forked children are.
+static REGISTERED: AtomicBool = AtomicBool::new(false);
+
+fn membarrier(command: u64) -> bool {
+    // SAFETY: changes no memory.
+    unsafe { raw::syscall(libc::SYS_membarrier, [command, 0, 0]) }.is_ok()
+}
+
+/// Registers the process for cheap light fences and says whether that worked.
+///
+/// To be called before the threads that use the fences exist: a thread that has not heard of it makes a full fence,
+/// which pairs with either kind, but a [`heavy`] that has not heard of it would not pair with a light one that has.
+///
+/// # Kernel
+/// `membarrier(2)`, `MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED`, from Linux 4.14.
+pub fn register_membarrier() -> bool {
+    if !REGISTERED.load(Acquire) && membarrier(REGISTER_PRIVATE_EXPEDITED) {
+        REGISTERED.store(true, Release);
+    }
+    REGISTERED.load(Acquire)
+}
+
+/// The expensive side: some microseconds where CPUs must be interrupted.
+///
+/// # Panics
+/// If a registered process is refused the barrier, which the kernel does not do: to go on would be wrong.
+///
+/// # Kernel
+/// `membarrier(2)`, `MEMBARRIER_CMD_PRIVATE_EXPEDITED`.
+pub fn heavy() {
+    fence(SeqCst);
+    if REGISTERED.load(Acquire) {
+        assert!(membarrier(PRIVATE_EXPEDITED), "membarrier refused to a registered process");
+    }
+}
+
+/// The cheap side.
+#[inline]
+pub fn light() {
+    if REGISTERED.load(Acquire) {
+        compiler_fence(SeqCst);
+    } else {
+        fence(SeqCst);
+    }
+}

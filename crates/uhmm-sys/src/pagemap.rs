@@ -1,0 +1,226 @@
+//! What the page tables say of each page.
+//!
+//! # Kernel
+//! `PAGEMAP_SCAN` (Linux 6.7, `Documentation/admin-guide/mm/pagemap.rst`) where there is one; otherwise the words of
+//! `/proc/self/pagemap`, which know neither the zero page nor huge pages. No function here allocates.
+// UNSAFETY: an ioctl that fills an array.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use bitflags::bitflags;
+
+use crate::{
+    Errno,
+    addr::{PAGE_SHIFT, PAGE_SIZE, PageRange, VirtAddr},
+    raw,
+};
+
+bitflags! {
+    /// State of a page. Empty: there is nothing (a hole in the page table, or no mapping at all).
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+    pub struct Page: u16 {
+        /// Mapped.
+        const PRESENT = 1 << 0;
+        /// Not mapped, but not a hole: swapped out, or a marker of write protection or poison.
+        const SWAPPED = 1 << 1;
+        /// A page of a file or of shared memory.
+        const FILE = 1 << 2;
+        /// The zero page. Known to [`Pagemap::has_scan`] kernels only.
+        const ZERO = 1 << 3;
+        /// Mapped as part of a huge page. Known to [`Pagemap::has_scan`] kernels only.
+        const HUGE = 1 << 4;
+        /// Write-protected by userfaultfd, or a marker of that.
+        const UFFD_WP = 1 << 5;
+        /// Mapped by this page table alone, as the map count says; wrong for a while after a fork. Known to
+        /// [`Pagemap::read_words`] only.
+        const EXCLUSIVE = 1 << 6;
+    }
+}
+
+#[repr(C)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Region {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+const IOC_SCAN: u64 = raw::iowr::<ScanArg>(b'f', 16);
+const IS_WRITTEN: u64 = 1 << 1;
+const IS_FILE: u64 = 1 << 2;
+const IS_PRESENT: u64 = 1 << 3;
+const IS_SWAPPED: u64 = 1 << 4;
+const IS_PFNZERO: u64 = 1 << 5;
+const IS_HUGE: u64 = 1 << 6;
+
+/// Regions asked for at a time; they live on the stack of a fault handler.
+const REGIONS: usize = 64;
+/// Words read at a time, likewise.
+const WORDS: usize = 256;
+
+const WORD_PRESENT: u64 = 1 << 63;
+const WORD_SWAPPED: u64 = 1 << 62;
+const WORD_FILE: u64 = 1 << 61;
+const WORD_UFFD_WP: u64 = 1 << 57;
+const WORD_EXCLUSIVE: u64 = 1 << 56;
+const WORD_PFN: u64 = (1 << 55) - 1;
+
+/// The page map of the process that opened it. A forked child must open its own.
+#[derive(Debug)]
+pub struct Pagemap {
+    fd: OwnedFd,
+    scan: bool,
+}
+
+impl Pagemap {
+    /// Opens the page map of this process.
+    ///
+    /// # Errors
+    /// `ENOENT`, `EACCES`: no `/proc`, or not readable. `EMFILE`, `ENFILE`.
+    pub fn open() -> Result<Self, Errno> {
+        let fd = raw::open(c"/proc/self/pagemap", libc::O_RDONLY)?;
+        let mut map = Self { fd, scan: true };
+        // One page that need not exist: only whether the kernel knows the request matters.
+        let page = PageRange::page_of(VirtAddr::new(PAGE_SIZE));
+        map.scan = map.scan_regions(page, &mut [Page::empty()]).is_ok();
+        Ok(map)
+    }
+
+    /// Whether `PAGEMAP_SCAN` is there.
+    #[must_use]
+    pub const fn has_scan(&self) -> bool {
+        self.scan
+    }
+
+    /// Tells the state of each page of `range`; pages may change while it looks.
+    ///
+    /// # Errors
+    /// `EINTR` where the thread is being killed, `ENOMEM`.
+    ///
+    /// # Panics
+    /// If `out` is not one entry a page.
+    pub fn scan(&self, range: PageRange, out: &mut [Page]) -> Result<(), Errno> {
+        if self.scan { self.scan_regions(range, out) } else { self.read_words(range, out) }
+    }
+
+    fn scan_regions(&self, range: PageRange, out: &mut [Page]) -> Result<(), Errno> {
+        assert!(out.len() == range.pages(), "one entry a page");
+        out.fill(Page::empty());
+        let mut start = range.start().get();
+        while start < range.end().get() {
+            let mut regions = [Region::default(); REGIONS];
+            let mut arg = ScanArg {
+                size: size_of::<ScanArg>() as u64,
+                flags: 0,
+                start,
+                end: range.end().get(),
+                walk_end: 0,
+                vec: raw::ptr_arg(regions.as_mut_ptr()),
+                vec_len: REGIONS as u64,
+                max_pages: 0,
+                category_inverted: 0,
+                category_mask: 0,
+                // Holes are not reported: they are what `out` says already.
+                category_anyof_mask: IS_PRESENT | IS_SWAPPED,
+                return_mask: IS_WRITTEN | IS_FILE | IS_PRESENT | IS_SWAPPED | IS_PFNZERO | IS_HUGE,
+            };
+            // SAFETY: the structure of this ioctl; `vec` is a local array of `vec_len` plain structures.
+            let filled = unsafe { raw::ioctl(self.fd.as_fd(), IOC_SCAN, &mut arg) }?;
+            for region in regions.iter().take(raw::index(filled)) {
+                let first = region.start.saturating_sub(range.start().get()) >> PAGE_SHIFT;
+                let end = region.end.min(range.end().get()).saturating_sub(range.start().get()) >> PAGE_SHIFT;
+                out[raw::index(first)..raw::index(end)].fill(from_categories(region.categories));
+            }
+            if arg.walk_end <= start {
+                // The kernel made no progress without saying why. Never seen; a loop would never end.
+                return Err(Errno::IO);
+            }
+            start = arg.walk_end;
+        }
+        Ok(())
+    }
+
+    /// As [`Pagemap::scan`], from the words of the page map: no `ZERO` and `HUGE`, but `EXCLUSIVE`.
+    ///
+    /// # Errors
+    /// Whatever `pread(2)` answers.
+    ///
+    /// # Panics
+    /// If `out` is not one entry a page.
+    pub fn read_words(&self, range: PageRange, out: &mut [Page]) -> Result<(), Errno> {
+        assert!(out.len() == range.pages(), "one entry a page");
+        let first = range.start().get() >> PAGE_SHIFT;
+        let mut buf = [0u8; WORDS * 8];
+        for (n, part) in out.chunks_mut(WORDS).enumerate() {
+            let offset = (first + (n * WORDS) as u64) * 8;
+            let bytes = &mut buf[..part.len() * 8];
+            self.read_exact(bytes, offset)?;
+            for (page, word) in part.iter_mut().zip(bytes.as_chunks::<8>().0) {
+                *page = from_word(u64::from_ne_bytes(*word));
+            }
+        }
+        Ok(())
+    }
+
+    fn read_exact(&self, buf: &mut [u8], offset: u64) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < buf.len() {
+            match raw::pread(self.fd.as_fd(), &mut buf[done..], offset + done as u64)? {
+                0 => return Err(Errno::IO),
+                n => done += n,
+            }
+        }
+        Ok(())
+    }
+
+    /// The physical frame behind `addr`: `None` where no page is mapped, or where frame numbers are hidden (without
+    /// `CAP_SYS_ADMIN`).
+    ///
+    /// # Errors
+    /// Whatever `pread(2)` answers.
+    pub fn pfn(&self, addr: VirtAddr) -> Result<Option<u64>, Errno> {
+        let mut word = [0; 8];
+        self.read_exact(&mut word, (addr.get() >> PAGE_SHIFT) * 8)?;
+        let word = u64::from_ne_bytes(word);
+        let pfn = word & WORD_PFN;
+        Ok((word & WORD_PRESENT != 0 && pfn != 0).then_some(pfn))
+    }
+}
+
+fn from_categories(categories: u64) -> Page {
+    let mut page = Page::empty();
+    page.set(Page::PRESENT, categories & IS_PRESENT != 0);
+    page.set(Page::SWAPPED, categories & IS_SWAPPED != 0);
+    page.set(Page::FILE, categories & IS_FILE != 0);
+    page.set(Page::ZERO, categories & IS_PFNZERO != 0);
+    page.set(Page::HUGE, categories & IS_HUGE != 0);
+    // The kernel calls a page written where userfaultfd does not write-protect it.
+    page.set(Page::UFFD_WP, categories & IS_WRITTEN == 0);
+    page
+}
+
+fn from_word(word: u64) -> Page {
+    let mut page = Page::empty();
+    page.set(Page::PRESENT, word & WORD_PRESENT != 0);
+    page.set(Page::SWAPPED, word & WORD_SWAPPED != 0);
+    page.set(Page::FILE, word & WORD_FILE != 0);
+    page.set(Page::UFFD_WP, word & WORD_UFFD_WP != 0);
+    page.set(Page::EXCLUSIVE, word & WORD_EXCLUSIVE != 0);
+    page
+}
