@@ -18,8 +18,6 @@
 // UNSAFETY: this crate is the trust boundary: system calls, raw memory and foreign threads are reached from here only.
 
 #[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
-pub use rustix::io::Errno;
-
 pub mod access;
 pub mod addr;
 pub mod arena;
@@ -36,3 +34,5 @@ mod spin;
 pub mod thread;
 mod tls;
 pub mod uffd;
+
+pub use rustix::io::Errno;
