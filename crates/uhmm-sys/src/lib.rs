@@ -12,6 +12,7 @@
 //! access            the program's memory, as a system call reaches it
 //! thread, tls       threads whose stacks cannot be away
 //! fence, futex      ordering and waiting
+//! probe             what this kernel lets this process do; the mask for tests
 //! limits, exclude   what the engine must live within, and what it must leave alone
 //! raw               system calls
 //! ```
@@ -29,6 +30,7 @@ pub mod limits;
 pub mod maps;
 pub mod mem;
 pub mod pagemap;
+pub mod probe;
 mod raw;
 mod spin;
 pub mod thread;
