@@ -1,3 +1,35 @@
-//! The uhmm command.
+//! The `uhmm` command.
 #![forbid(unsafe_code)]
-fn main() {}
+
+mod cmd;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Heterogeneous memory management in user space: one address space for a process and its devices.
+#[derive(Debug, Parser)]
+#[command(name = "uhmm", version, arg_required_else_help = true)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// One variant for each module of [`cmd`].
+#[derive(Debug, Subcommand)]
+enum Command {
+    Doctor(cmd::doctor::Args),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Args::parse().command {
+        Command::Doctor(args) => cmd::doctor::run(&args),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("uhmm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! One module for each subcommand: its arguments, and `run`, which returns the exit status.
+
+pub mod doctor;
