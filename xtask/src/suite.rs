@@ -179,7 +179,7 @@ fn logged(command: &mut Command, log: &Path, limit: Duration) -> Result<Verdict>
 }
 
 fn format(_: &Setting, log: &Path) -> Result<Verdict> {
-    logged(cargo().args(["fmt", "--all", "--check"]), log, minutes(5))
+    logged(cargo().args(["fmt", "--all", "--check", "--", "--color", "never"]), log, minutes(5))
 }
 
 fn lints(_: &Setting, log: &Path) -> Result<Verdict> {

@@ -35,7 +35,7 @@ pub fn unsafety(tree: &Tree) -> Vec<Problem> {
 /// Whether that comment stands near the top, and if so whether it has a sentence.
 fn opens_with_unsafety(file: &SourceFile) -> Option<bool> {
     let mut lines = file.text.lines().take(OPENING_LINES);
-    lines.find_map(|line| line.trim().strip_prefix("// UNSAFETY:")).map(|why| why.split_whitespace().count() >= 4)
+    lines.find_map(|line| line.trim().strip_prefix("// UNSAFETY:")).map(|why| why.split_whitespace().count() >= 3)
 }
 
 /// The root of the library or program that a file in `src` belongs to. Tests, examples and benches are their own.
