@@ -1,4 +1,36 @@
 //! Heterogeneous memory management in user space.
 #![forbid(unsafe_code)]
 
+mod block;
+pub mod device;
+pub mod device_table;
+mod devices;
+pub mod engine;
+mod events;
+mod fault;
+mod freeze;
+mod gate;
+mod home;
+mod job;
+pub mod linux;
+mod migrate;
+mod mirror;
+pub mod mm;
+pub mod notifier;
+mod ops;
+pub mod os;
+mod page_set;
+pub mod pgmap;
+pub mod policy;
+mod staging;
+pub mod sync;
+mod thread;
+pub mod trace;
+
 pub use uhmm_sys::addr;
+
+pub use crate::{
+    migrate::PageOutcome,
+    mirror::{DeviceFaultPolicy, FaultError, PageReport},
+    mm::{MigrateOptions, Mirror, Mm, Port},
+};

@@ -1,0 +1,101 @@
+//! What uhmm's tests share: a process for each test, with a limit on its time.
+//!
+//! An engine belongs to a process, and a test that hangs must fail: so a test that uses one runs itself again as a
+//! child, and kills it when its time is up.
+#![forbid(unsafe_code)]
+
+use std::{
+    io::Read,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+/// Name of the variable that tells the child that it is one.
+const CHILD: &str = "UHMM_TEST_CHILD";
+
+/// How long a test may take unless it says otherwise.
+pub const LIMIT: Duration = Duration::from_secs(120);
+
+/// A reason for which a test cannot run here; printed, and counted as passed by the harness.
+#[derive(Debug)]
+pub struct Skip(pub String);
+
+/// Runs `body` in a process of its own. `name` is the test's full path, as the harness knows it.
+///
+/// # Panics
+/// If the child fails, dies by a signal, or takes longer than `limit`; its output is in the message.
+pub fn isolated(name: &str, limit: Duration, body: impl FnOnce() -> Result<(), Skip>) {
+    if std::env::var(CHILD).is_ok_and(|child| child == name) {
+        match body() {
+            Ok(()) => println!("child done"),
+            Err(Skip(why)) => println!("child skipped: {why}"),
+        }
+        return;
+    }
+    let exe = std::env::current_exe().expect("a test knows its executable");
+    let mut child = Command::new(exe)
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env(CHILD, name)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("a test can run itself again");
+    let mut streams = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+    let readers =
+        (std::thread::spawn(move || read_all(&mut streams.0)), std::thread::spawn(move || read_all(&mut streams.1)));
+    let start = Instant::now();
+    let status = loop {
+        match child.try_wait().expect("a child can be waited for") {
+            Some(status) => break Some(status),
+            None if start.elapsed() > limit => {
+                let state = describe(child.id());
+                child.kill().expect("a child can be killed");
+                let _ = child.wait();
+                println!("killed after {limit:?}; its threads were:\n{state}");
+                break None;
+            }
+            None => std::thread::sleep(Duration::from_millis(5)),
+        }
+    };
+    let (out, err) = (readers.0.join().unwrap_or_default(), readers.1.join().unwrap_or_default());
+    let Some(status) = status else { panic!("{name}: no end within {limit:?}\n{out}\n{err}") };
+    assert!(status.success(), "{name}: {status}\n{out}\n{err}");
+    if let Some(line) = out.lines().find(|l| l.starts_with("child skipped: ")) {
+        println!("{name}: {}", line.trim_start_matches("child "));
+    } else {
+        assert!(out.contains("child done"), "{name}: the child ran no test of that name\n{out}\n{err}");
+    }
+}
+
+/// Runs the body of the enclosing test function in a process of its own, see [`isolated`].
+#[macro_export]
+macro_rules! isolated {
+    ($body:expr) => {
+        $crate::isolated!($crate::LIMIT, $body)
+    };
+    ($limit:expr, $body:expr) => {{
+        fn here() {}
+        let name = ::std::any::type_name_of_val(&here);
+        let name = name.trim_end_matches("::here");
+        let name = name.split_once("::").map_or(name, |(_, rest)| rest);
+        $crate::isolated(name, $limit, $body)
+    }};
+}
+
+fn read_all(stream: &mut impl Read) -> String {
+    let mut bytes = Vec::new();
+    let _ = stream.read_to_end(&mut bytes);
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// What each thread of a process waits for, for the message of a test that hung.
+fn describe(pid: u32) -> String {
+    let mut text = String::new();
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return text };
+    for task in tasks.flatten() {
+        let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        text += &format!("{} {} {}\n", read("comm").trim(), read("wchan").trim(), read("syscall").trim());
+    }
+    text
+}

@@ -1,0 +1,531 @@
+//! Where each page is: one word a page, one table of blocks.
+//!
+//! A *block* is 2 MiB of address space. It gets a record the first time anything in it migrates, and keeps it: 12
+//! bytes a page. A page without a record, or whose word says [`Place::Cpu`], is where the kernel says it is: resident,
+//! swapped, or never touched.
+//!
+//! The lowest bits of a word are the page's lock. Whoever wants to move a page, or change what its word says, holds it
+//! (see [`Transit`]); everybody else may read. A CPU fault on a locked page does not wait in the handler: it leaves a
+//! mark, and the holder wakes the faulting thread when it lets go, which faults again if it still must.
+//!
+//! ```text
+//!            MOVE out              copy to frames
+//!   Cpu ----------------> Staged ------------------> Device
+//!    ^                      |                          |
+//!    |      MOVE home       |    copy to staging,      | device died
+//!    +----------------------+    MOVE home             v
+//!    +------------------------------------------- Poisoned
+//! ```
+//!
+//! Transitions happen under the page's lock only. `Staged` is a state of rest: a page may stay there for long (set
+//! aside to see whether it is touched, or taken by a device for exclusive access).
+
+use std::sync::atomic::{
+    AtomicU32, AtomicU64,
+    Ordering::{AcqRel, Acquire, Relaxed, Release},
+};
+
+use uhmm_sys::{
+    Errno,
+    addr::{BLOCK_PAGES, BLOCK_SHIFT, PAGE_SHIFT, PageRange, TASK_SIZE, VirtAddr},
+    arena,
+};
+
+use crate::{
+    device::{DevPfn, DeviceId},
+    gate::pause,
+    page_set::{PageSet, Run},
+    staging::Slot,
+    trace::Why,
+};
+
+/// Where a page is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Where the kernel's page table says.
+    Cpu,
+    /// In staging: still in RAM, but not mapped in the program.
+    Staged {
+        slot: Slot,
+        /// The device that has the page for itself, if any.
+        exclusive: Option<DeviceId>,
+    },
+    /// In a frame of a device.
+    Device { device: DeviceId, pfn: DevPfn },
+    /// Its bytes went down with a device.
+    Poisoned { device: DeviceId },
+}
+
+/// A page's word: place, lock and wait mark.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Word(u64);
+
+const TAG_MASK: u64 = 0b111;
+const TAG_CPU: u64 = 0;
+const TAG_STAGED: u64 = 1;
+const TAG_DEVICE: u64 = 2;
+const TAG_POISONED: u64 = 3;
+const LOCKED: u64 = 1 << 3;
+const WAITED: u64 = 1 << 4;
+const EXCLUSIVE: u64 = 1 << 5;
+const DEVICE_SHIFT: u32 = 8;
+const NUMBER_SHIFT: u32 = 16;
+
+impl Word {
+    pub(crate) fn of(place: Place) -> Self {
+        let number = |n: u32| u64::from(n) << NUMBER_SHIFT;
+        let device = |d: DeviceId| u64::from(d.0) << DEVICE_SHIFT;
+        Self(match place {
+            Place::Cpu => TAG_CPU,
+            Place::Staged { slot, exclusive } => {
+                TAG_STAGED | number(slot.number()) | exclusive.map_or(0, |d| EXCLUSIVE | device(d))
+            }
+            Place::Device { device: d, pfn } => TAG_DEVICE | device(d) | number(pfn.get()),
+            Place::Poisoned { device: d } => TAG_POISONED | device(d),
+        })
+    }
+
+    pub(crate) fn place(self) -> Place {
+        #[expect(clippy::cast_possible_truncation, reason = "the masks leave 8 and 32 bits")]
+        let (device, number) = (DeviceId((self.0 >> DEVICE_SHIFT) as u8), (self.0 >> NUMBER_SHIFT) as u32);
+        match self.0 & TAG_MASK {
+            TAG_CPU => Place::Cpu,
+            TAG_STAGED => Place::Staged {
+                slot: Slot::from_number(number),
+                exclusive: (self.0 & EXCLUSIVE != 0).then_some(device),
+            },
+            TAG_DEVICE => Place::Device { device, pfn: DevPfn::new(number) },
+            TAG_POISONED => Place::Poisoned { device },
+            _ => unreachable!("page word {:#x} has no meaning", self.0),
+        }
+    }
+
+    pub(crate) const fn locked(self) -> bool {
+        self.0 & LOCKED != 0
+    }
+
+    pub(crate) const fn waited(self) -> bool {
+        self.0 & WAITED != 0
+    }
+
+    pub(crate) const fn is_cpu(self) -> bool {
+        self.0 & TAG_MASK == TAG_CPU
+    }
+}
+
+impl std::fmt::Debug for Word {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}", self.place())?;
+        if self.locked() {
+            f.write_str(" locked")?;
+        }
+        if self.waited() {
+            f.write_str(" waited")?;
+        }
+        Ok(())
+    }
+}
+
+/// What a fault found when it came upon a locked page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mark {
+    /// The mark is left: the holder of the lock will wake the page.
+    Left,
+    /// The lock is gone by now: look again.
+    Unlocked,
+}
+
+/// How many pages away, the base address and the policy's words of a block.
+const HEAD_WORDS: usize = 8;
+const HEAD_BASE: usize = 0;
+const HEAD_AWAY: usize = 1;
+const HEAD_REGISTRATION: usize = 2;
+const HEAD_POLICY: usize = 3;
+
+/// A block's record. Cheap to copy: it is a set of references into the arena.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Block {
+    base: VirtAddr,
+    words: &'static [AtomicU64; BLOCK_PAGES],
+    since: &'static [AtomicU32; BLOCK_PAGES],
+    head: &'static [AtomicU64; HEAD_WORDS],
+}
+
+impl Block {
+    pub(crate) const fn base(&self) -> VirtAddr {
+        self.base
+    }
+
+    pub(crate) const fn page(&self, i: usize) -> VirtAddr {
+        VirtAddr::new(self.base.get() + ((i as u64) << PAGE_SHIFT))
+    }
+
+    pub(crate) fn run(&self, run: Run) -> PageRange {
+        PageRange::new(self.page(run.first), run.bytes()).expect("a block's pages are user addresses")
+    }
+
+    pub(crate) fn word(&self, i: usize) -> Word {
+        Word(self.words[i].load(Acquire))
+    }
+
+    /// Takes page `i`'s lock if it is free, and returns what its word said.
+    fn try_lock(&self, i: usize) -> Result<Place, Word> {
+        let mut word = self.words[i].load(Relaxed);
+        loop {
+            if word & LOCKED != 0 {
+                return Err(Word(word));
+            }
+            match self.words[i].compare_exchange_weak(word, word | LOCKED, AcqRel, Relaxed) {
+                Ok(_) => return Ok(Word(word).place()),
+                Err(now) => word = now,
+            }
+        }
+    }
+
+    /// Leaves a mark that a CPU thread waits for locked page `i`.
+    pub(crate) fn mark_waited(&self, i: usize) -> Mark {
+        let mut word = self.words[i].load(Relaxed);
+        loop {
+            if word & LOCKED == 0 {
+                return Mark::Unlocked;
+            }
+            match self.words[i].compare_exchange_weak(word, word | WAITED, AcqRel, Relaxed) {
+                Ok(_) => return Mark::Left,
+                Err(now) => word = now,
+            }
+        }
+    }
+
+    /// Lets page `i` go; returns whether somebody waits for it.
+    fn unlock(&self, i: usize, place: Place) -> bool {
+        let old = Word(self.words[i].swap(Word::of(place).0, AcqRel));
+        assert!(old.locked(), "page {} was let go by somebody who did not hold it", self.page(i));
+        if old.is_cpu() != matches!(place, Place::Cpu) {
+            if old.is_cpu() {
+                self.head[HEAD_AWAY].fetch_add(1, AcqRel);
+            } else {
+                self.head[HEAD_AWAY].fetch_sub(1, AcqRel);
+            }
+        }
+        old.waited()
+    }
+
+    /// How many pages of the block are away.
+    pub(crate) fn away(&self) -> u64 {
+        self.head[HEAD_AWAY].load(Acquire)
+    }
+
+    /// Since when page `i` is where it is, and why.
+    pub(crate) fn history(&self, i: usize) -> (u32, Why) {
+        let packed = self.since[i].load(Relaxed);
+        (packed >> 4, Why::from_bits(packed & 0xf))
+    }
+
+    /// Records that page `i` changed places at `ticks` (see `trace::ticks`).
+    pub(crate) fn set_history(&self, i: usize, ticks: u32, why: Why) {
+        self.since[i].store(ticks << 4 | why.bits(), Relaxed);
+    }
+
+    /// The policy's word of this block.
+    pub(crate) fn policy(&self) -> &'static AtomicU64 {
+        &self.head[HEAD_POLICY]
+    }
+
+    /// Holds the block's registration lock: between checking that nothing is away and unregistering, or between
+    /// registering and moving pages out, nobody may do the other.
+    ///
+    /// # Locking
+    /// A spin lock over one or two system calls. Taken inside the gate and under page locks; nothing is taken under it.
+    pub(crate) fn lock_registration(&self) -> RegistrationLock {
+        let word = &self.head[HEAD_REGISTRATION];
+        let mut spins = 0;
+        while word.compare_exchange_weak(0, 1, Acquire, Relaxed).is_err() {
+            pause(&mut spins);
+        }
+        RegistrationLock(word)
+    }
+
+    /// As [`Block::lock_registration`], where it is free.
+    pub(crate) fn try_lock_registration(&self) -> Option<RegistrationLock> {
+        let word = &self.head[HEAD_REGISTRATION];
+        word.compare_exchange(0, 1, Acquire, Relaxed).ok().map(|_| RegistrationLock(word))
+    }
+}
+
+/// See [`Block::lock_registration`].
+#[derive(Debug)]
+pub(crate) struct RegistrationLock(&'static AtomicU64);
+
+impl Drop for RegistrationLock {
+    fn drop(&mut self) {
+        self.0.store(0, Release);
+    }
+}
+
+/// The locks that one operation holds on pages of one block.
+///
+/// Pages are let go one by one with [`Transit::put`], and the rest on drop, unchanged: an operation that stops half-way
+/// leaves every page in a state of rest. The pages whose faults wait are collected; the owner wakes them
+/// ([`Transit::take_waiting`]) after the locks are gone.
+#[derive(Debug)]
+pub(crate) struct Transit<'w> {
+    block: Block,
+    held: PageSet,
+    waiting: PageSet,
+    waker: &'w dyn Waker,
+}
+
+/// Wakes threads that wait in a fault.
+pub(crate) trait Waker: std::fmt::Debug {
+    /// Wakes every thread that waits on a page of `range`.
+    fn wake(&self, range: PageRange);
+}
+
+impl<'w> Transit<'w> {
+    pub(crate) fn new(block: Block, waker: &'w dyn Waker) -> Self {
+        Self { block, held: PageSet::EMPTY, waiting: PageSet::EMPTY, waker }
+    }
+
+    pub(crate) const fn block(&self) -> Block {
+        self.block
+    }
+
+    pub(crate) const fn held(&self) -> &PageSet {
+        &self.held
+    }
+
+    /// Takes page `i` if its lock is free.
+    pub(crate) fn try_hold(&mut self, i: usize) -> Result<Place, Word> {
+        let place = self.block.try_lock(i)?;
+        self.held.insert(i);
+        Ok(place)
+    }
+
+    /// Takes page `i`, waiting for its holder.
+    ///
+    /// Only for whoever holds no page that the other might want: the reader while it applies an event, or an operation
+    /// that goes up through the pages of one block.
+    ///
+    /// # Panics
+    /// After a minute: holders let go in bounded time, so one that does not is a bug that must not hang silently.
+    pub(crate) fn hold(&mut self, i: usize) -> Place {
+        let start = std::time::Instant::now();
+        let mut spins = 0;
+        loop {
+            match self.try_hold(i) {
+                Ok(place) => return place,
+                Err(_) => {
+                    pause(&mut spins);
+                    assert!(
+                        spins < 8192 || start.elapsed().as_secs() < 60,
+                        "page {} is held for a minute: {:?}",
+                        self.block.page(i),
+                        self.block.word(i)
+                    );
+                }
+            }
+        }
+    }
+
+    /// Where held page `i` is.
+    pub(crate) fn place(&self, i: usize) -> Place {
+        debug_assert!(self.held.has(i));
+        self.block.word(i).place()
+    }
+
+    /// Changes where held page `i` is, and keeps holding it.
+    pub(crate) fn set(&mut self, i: usize, place: Place) {
+        debug_assert!(self.held.has(i));
+        // Unlock and lock in one step would be the same store with the lock bit; the wait mark must survive it.
+        let old = self.block.word(i);
+        let new = Word::of(place).0 | LOCKED;
+        let mut now = old.0;
+        while let Err(seen) = self.block.words[i].compare_exchange_weak(now, new | (now & WAITED), AcqRel, Relaxed) {
+            now = seen;
+        }
+        if old.is_cpu() != matches!(place, Place::Cpu) {
+            if old.is_cpu() {
+                self.block.head[HEAD_AWAY].fetch_add(1, AcqRel);
+            } else {
+                self.block.head[HEAD_AWAY].fetch_sub(1, AcqRel);
+            }
+        }
+    }
+
+    /// Lets page `i` go at `place`.
+    pub(crate) fn put(&mut self, i: usize, place: Place) {
+        assert!(self.held.has(i), "page {} is not held by this operation", self.block.page(i));
+        self.held.remove(i);
+        if self.block.unlock(i, place) {
+            self.waiting.insert(i);
+        }
+    }
+
+    /// Lets page `i` go where it is.
+    pub(crate) fn put_back(&mut self, i: usize) {
+        let place = self.place(i);
+        self.put(i, place);
+    }
+
+    /// Lets all pages go where they are.
+    pub(crate) fn put_all_back(&mut self) {
+        for i in self.held.iter() {
+            self.put_back(i);
+        }
+    }
+}
+
+impl Drop for Transit<'_> {
+    fn drop(&mut self) {
+        self.put_all_back();
+        for run in self.waiting.runs() {
+            self.waker.wake(self.block.run(run));
+        }
+    }
+}
+
+const LEAF_SHIFT: u32 = 13;
+const LEAF_ENTRIES: usize = 1 << LEAF_SHIFT;
+const ROOT_ENTRIES: usize = (TASK_SIZE >> (BLOCK_SHIFT + LEAF_SHIFT)) as usize;
+const MAX_LEAVES: usize = 1024;
+
+/// All blocks that have a record. Lookup takes two loads and no lock.
+#[derive(Debug)]
+pub(crate) struct Blocks {
+    /// Leaf number + 1 for each 16 GiB, 0 where there is none.
+    root: &'static [AtomicU32],
+    /// Block number + 1 for each block, 0 where there is none.
+    leaves: &'static [[AtomicU32; LEAF_ENTRIES]],
+    leaves_used: AtomicU32,
+    words: &'static [[AtomicU64; BLOCK_PAGES]],
+    since: &'static [[AtomicU32; BLOCK_PAGES]],
+    heads: &'static [[AtomicU64; HEAD_WORDS]],
+    used: AtomicU32,
+}
+
+/// No room for another block's record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct NoRecord;
+
+impl Blocks {
+    /// Makes room for `capacity` blocks. The memory is committed as blocks come into use.
+    pub(crate) fn new(capacity: usize) -> Result<Self, Errno> {
+        Ok(Self {
+            root: arena::slice(ROOT_ENTRIES)?,
+            leaves: arena::slice(MAX_LEAVES)?,
+            leaves_used: AtomicU32::new(0),
+            words: arena::slice(capacity)?,
+            since: arena::slice(capacity)?,
+            heads: arena::slice(capacity)?,
+            used: AtomicU32::new(0),
+        })
+    }
+
+    fn slot(addr: VirtAddr) -> Option<(usize, usize)> {
+        (addr.get() < TASK_SIZE).then(|| {
+            let n = (addr.get() >> BLOCK_SHIFT) as usize;
+            (n >> LEAF_SHIFT, n & (LEAF_ENTRIES - 1))
+        })
+    }
+
+    fn at(&self, number: u32) -> Block {
+        let n = number as usize;
+        Block {
+            base: VirtAddr::new(self.heads[n][HEAD_BASE].load(Acquire)),
+            words: &self.words[n],
+            since: &self.since[n],
+            head: &self.heads[n],
+        }
+    }
+
+    /// The record of the block that holds `addr`.
+    pub(crate) fn find(&self, addr: VirtAddr) -> Option<Block> {
+        let (root, leaf) = Self::slot(addr)?;
+        let leaf_number = self.root[root].load(Acquire).checked_sub(1)?;
+        let number = self.leaves[leaf_number as usize][leaf].load(Acquire).checked_sub(1)?;
+        Some(self.at(number))
+    }
+
+    /// As [`Blocks::find`]; makes the record where there is none.
+    ///
+    /// `spare` records are left for callers that cannot do without (an event that moves pages).
+    pub(crate) fn find_or_add(&self, addr: VirtAddr, spare: u32) -> Result<Block, NoRecord> {
+        if let Some(block) = self.find(addr) {
+            return Ok(block);
+        }
+        let (root, leaf) = Self::slot(addr).ok_or(NoRecord)?;
+        let leaf_number = match self.root[root].load(Acquire).checked_sub(1) {
+            Some(n) => n,
+            None => {
+                let fresh = take(&self.leaves_used, MAX_LEAVES, 0)?;
+                match self.root[root].compare_exchange(0, fresh + 1, AcqRel, Acquire) {
+                    Ok(_) => fresh,
+                    // Somebody else was first; the leaf taken here stays unused, which costs address space only.
+                    Err(theirs) => theirs - 1,
+                }
+            }
+        };
+        let fresh = take(&self.used, self.words.len(), spare)?;
+        self.heads[fresh as usize][HEAD_BASE].store(addr.block().get(), Release);
+        let number = match self.leaves[leaf_number as usize][leaf].compare_exchange(0, fresh + 1, AcqRel, Acquire) {
+            Ok(_) => fresh,
+            Err(theirs) => theirs - 1,
+        };
+        Ok(self.at(number))
+    }
+
+    /// Calls `f` for each block with a record that shares an address with `range`, ascending. Stops when `f` says so.
+    pub(crate) fn for_each(&self, range: PageRange, mut f: impl FnMut(Block) -> std::ops::ControlFlow<()>) {
+        let first = (range.start().get() >> BLOCK_SHIFT) as usize;
+        let last = ((range.end().get() - 1) >> BLOCK_SHIFT) as usize;
+        let mut n = first;
+        while n <= last {
+            let Some(leaf) = self.root[n >> LEAF_SHIFT].load(Acquire).checked_sub(1) else {
+                n = (n | (LEAF_ENTRIES - 1)) + 1;
+                continue;
+            };
+            if let Some(number) = self.leaves[leaf as usize][n & (LEAF_ENTRIES - 1)].load(Acquire).checked_sub(1)
+                && f(self.at(number)).is_break()
+            {
+                return;
+            }
+            n += 1;
+        }
+    }
+
+    /// Blocks with a record so far.
+    pub(crate) fn count(&self) -> usize {
+        self.used.load(Relaxed) as usize
+    }
+
+    /// Block number `n` in the order in which records were made.
+    pub(crate) fn nth(&self, n: usize) -> Option<Block> {
+        (n < self.count()).then(|| self.at(u32::try_from(n).expect("records are counted in 32 bits")))
+    }
+}
+
+/// Takes the next number below `limit - spare`.
+fn take(counter: &AtomicU32, limit: usize, spare: u32) -> Result<u32, NoRecord> {
+    counter
+        .fetch_update(AcqRel, Acquire, |n| (n as usize + (spare as usize) < limit).then_some(n + 1))
+        .map_err(|_| NoRecord)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_keeps_what_it_is_told() {
+        for place in [
+            Place::Cpu,
+            Place::Staged { slot: Slot::from_number(0xdead_beef), exclusive: None },
+            Place::Staged { slot: Slot::from_number(7), exclusive: Some(DeviceId(0)) },
+            Place::Device { device: DeviceId(7), pfn: DevPfn::new(u32::MAX) },
+            Place::Poisoned { device: DeviceId(3) },
+        ] {
+            assert_eq!(Word::of(place).place(), place);
+            assert!(!Word::of(place).locked() && !Word::of(place).waited());
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! The devices of an address space: what the engine keeps of each.
+
+use std::sync::{
+    RwLock,
+    atomic::{
+        AtomicU32,
+        Ordering::{AcqRel, Acquire},
+    },
+};
+
+use uhmm_sys::{Errno, addr::VirtAddr, arena};
+
+use crate::{
+    device::{DevPfn, Device, DeviceId, FrameRun, MemoryKind, MemorySpec},
+    device_table::DeviceTable,
+    notifier::Subscription,
+    pgmap::Pgmap,
+};
+
+const LIVE: u32 = 0;
+const LEAVING: u32 = 1;
+const DEAD: u32 = 2;
+
+/// One registered device.
+pub(crate) struct Entry {
+    id: DeviceId,
+    device: &'static dyn Device,
+    spec: MemorySpec,
+    pgmap: Option<Pgmap>,
+    table: &'static DeviceTable,
+    subscription: Subscription,
+    state: AtomicU32,
+}
+
+impl std::fmt::Debug for Entry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Entry").field("id", &self.id).field("name", &self.device.name()).finish_non_exhaustive()
+    }
+}
+
+impl Entry {
+    pub(crate) fn new(
+        id: DeviceId,
+        device: &'static dyn Device,
+        pgmap: Option<Pgmap>,
+        table: &'static DeviceTable,
+        subscription: Subscription,
+    ) -> Self {
+        Self { id, device, spec: device.memory(), pgmap, table, subscription, state: AtomicU32::new(LIVE) }
+    }
+
+    pub(crate) const fn id(&self) -> DeviceId {
+        self.id
+    }
+
+    pub(crate) fn device(&self) -> &'static dyn Device {
+        self.device
+    }
+
+    pub(crate) const fn table(&self) -> &'static DeviceTable {
+        self.table
+    }
+
+    pub(crate) const fn subscription(&self) -> &Subscription {
+        &self.subscription
+    }
+
+    pub(crate) const fn pgmap(&self) -> Option<&Pgmap> {
+        self.pgmap.as_ref()
+    }
+
+    pub(crate) const fn kind(&self) -> MemoryKind {
+        self.spec.kind
+    }
+
+    pub(crate) const fn survives_fork(&self) -> bool {
+        self.spec.survives_fork
+    }
+
+    /// Frames for up to `pages` pages: one unit of a whole block if `huge` and to be had, else as long a run as is
+    /// cheap. `None` when the device is full or leaving.
+    pub(crate) fn alloc(&self, pages: usize, huge: bool) -> Option<FrameRun> {
+        let pgmap = self.pgmap.as_ref()?;
+        if self.state.load(Acquire) != LIVE {
+            return None;
+        }
+        if huge
+            && pages == uhmm_sys::addr::BLOCK_PAGES
+            && let Some(first) = pgmap.alloc_huge()
+        {
+            // Kept as single frames: each page may later leave by itself, and the run stays contiguous meanwhile.
+            return pgmap.split(first).ok();
+        }
+        pgmap.alloc_run(u32::try_from(pages).expect("at most a block"))
+    }
+
+    /// Gives frames back; those that nobody shares become free.
+    pub(crate) fn free(&self, frames: FrameRun) {
+        let Some(pgmap) = self.pgmap.as_ref() else { return };
+        pgmap.put_run(frames, |run| self.device.freed(run));
+    }
+
+    /// Whether a frame belongs to a forked child as well.
+    pub(crate) fn is_shared(&self, pfn: DevPfn) -> bool {
+        self.pgmap.as_ref().is_some_and(|p| p.refs(pfn) > 1)
+    }
+
+    pub(crate) fn set_hint(&self, pfn: DevPfn, page: VirtAddr) {
+        if let Some(pgmap) = &self.pgmap {
+            pgmap.set_hint(pfn, Some(page));
+        }
+    }
+
+    /// Takes no more pages.
+    pub(crate) fn leave(&self) {
+        self.state.store(LEAVING, std::sync::atomic::Ordering::Release);
+        if let Some(pgmap) = &self.pgmap {
+            pgmap.close();
+        }
+    }
+
+    /// Says that the device died. Returns whether it was alive until now.
+    pub(crate) fn die(&self) -> bool {
+        self.state.swap(DEAD, AcqRel) != DEAD
+    }
+
+    pub(crate) fn is_live(&self) -> bool {
+        self.state.load(Acquire) == LIVE
+    }
+}
+
+/// The devices by number. Readers are on the fault path; writers register and remove, on engine threads only.
+#[derive(Debug, Default)]
+pub(crate) struct Devices {
+    slots: [RwLock<Option<&'static Entry>>; DeviceId::MAX],
+}
+
+impl Devices {
+    /// The device with that number, dead or alive.
+    pub(crate) fn get(&self, id: DeviceId) -> Option<&'static Entry> {
+        *self.slots[id.index()].read().expect("nobody panics with this lock held")
+    }
+
+    pub(crate) fn for_each(&self, mut f: impl FnMut(&'static Entry)) {
+        for slot in &self.slots {
+            let entry = *slot.read().expect("nobody panics with this lock held");
+            if let Some(entry) = entry {
+                f(entry);
+            }
+        }
+    }
+
+    /// Puts a device into the first free place.
+    pub(crate) fn add(&self, make: impl FnOnce(DeviceId) -> Result<Entry, Errno>) -> Result<&'static Entry, AddError> {
+        for (n, slot) in self.slots.iter().enumerate() {
+            let mut place = slot.write().expect("nobody panics with this lock held");
+            if place.is_none() {
+                let id = DeviceId(u8::try_from(n).expect("fewer than 256 devices"));
+                let entry = arena::value(make(id).map_err(AddError::NoMemory)?).map_err(AddError::NoMemory)?;
+                *place = Some(entry);
+                return Ok(entry);
+            }
+        }
+        Err(AddError::TooMany)
+    }
+
+    pub(crate) fn remove(&self, id: DeviceId) {
+        *self.slots[id.index()].write().expect("nobody panics with this lock held") = None;
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.slots.iter().all(|s| s.read().expect("nobody panics with this lock held").is_none())
+    }
+}
+
+/// Why a device could not be registered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum AddError {
+    TooMany,
+    NoMemory(Errno),
+}

@@ -1,0 +1,303 @@
+//! The engine's heart: everything that belongs to one address space, and the threads that work on it.
+//!
+//! ```text
+//!  program thread                    engine threads (private stacks, signals blocked)
+//!  --------------                    ------------------------------------------------
+//!  touches a page that is away --+
+//!                                |   handler, one for each CPU:  poll -> gate -> read -> serve
+//!  munmap, mremap, fork ... -----+                                               -> apply event
+//!
+//!  Mm::migrate(...) --- job ------>  movers:  take a job, work block by block, answer
+//!  (waits on a futex) <-- reply ---
+//! ```
+//!
+//! Program threads never take a lock that a handler can need: they post jobs. That is what keeps a handler from
+//! waiting for a thread that waits for the handler.
+
+use std::sync::{
+    Mutex, MutexGuard,
+    atomic::{
+        AtomicU32, AtomicU64,
+        Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst},
+    },
+};
+
+use uhmm_sys::{
+    Errno,
+    addr::{PageRange, VirtAddr},
+    arena, futex,
+    uffd::RegisterMode,
+};
+
+use crate::{
+    block::{Blocks, Waker},
+    device::Invalidation,
+    devices::Devices,
+    events::Deferred,
+    freeze::OwnDrops,
+    gate::{Gate, pause},
+    job::{JOBS, Job, Reply, Request},
+    notifier::{Invalidating, Notifiers},
+    os::Os,
+    staging::{Chunk, Staging},
+    thread::{Ctx, MAX_THREADS},
+    trace::{Latency, Stats},
+};
+
+/// How much the engine sets aside.
+#[derive(Debug, Clone, Copy)]
+pub struct Config {
+    /// Most blocks (2 MiB of address space each) that may have pages away over the life of the process.
+    pub max_blocks: usize,
+    /// Address space for staging, in blocks.
+    pub staging_chunks: u32,
+    /// Recycled staging pages to keep, in blocks.
+    pub keep_chunks: u32,
+    /// Threads that work on requests.
+    pub movers: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { max_blocks: 32 << 10, staging_chunks: 512, keep_chunks: 8, movers: 2 }
+    }
+}
+
+/// Everything that belongs to one address space.
+#[derive(Debug)]
+pub(crate) struct Core<O: Os> {
+    pub(crate) os: O,
+    pub(crate) blocks: Blocks,
+    pub(crate) staging: Staging,
+    pub(crate) gate: Gate,
+    pub(crate) devices: Devices,
+    pub(crate) notifiers: &'static Notifiers<NOTIFIERS>,
+    pub(crate) stats: Stats,
+    pub(crate) own_drops: OwnDrops,
+    reader: Mutex<Deferred<O::Child>>,
+    jobs: &'static [Job],
+    /// Counts posted jobs; movers sleep on it.
+    posted: AtomicU32,
+    threads: AtomicU32,
+    /// Operations that take pages out, under way.
+    outs: AtomicU32,
+    /// Not zero while a fork is being prepared: nothing may leave.
+    frozen: AtomicU32,
+    started_ns: u64,
+    pub(crate) stop: AtomicU32,
+    /// The limit that reclaim keeps, in bytes; see [`crate::reclaim`].
+    pub(crate) resident_limit: AtomicU64,
+}
+
+/// An operation that takes pages out is under way; a fork waits for its end.
+#[derive(Debug)]
+pub(crate) struct RunningOut<'a>(&'a AtomicU32);
+
+impl Drop for RunningOut<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, SeqCst);
+    }
+}
+
+/// Interval notifiers that one address space can have, the devices' own included.
+pub(crate) const NOTIFIERS: usize = 256;
+/// How long a reader waits for an invalidation to end.
+const NOTIFIER_WAIT: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// History ticks are 16 ms: 28 bits of them last for seven weeks before they wrap.
+const TICK_NS: u64 = 16_000_000;
+
+impl<O: Os> Core<O> {
+    /// Sets up an address space on `os`. No thread runs yet.
+    ///
+    /// # Errors
+    /// `ENOMEM` where the arena is too small; what `UFFDIO_REGISTER` answers for the staging area.
+    pub(crate) fn new(os: O, config: &Config, stats: Stats) -> Result<Self, Errno> {
+        let staging = Staging::new(config.staging_chunks, config.keep_chunks)?;
+        // A destination of MOVE has to be registered; for write-protection only, so that its holes fill natively.
+        if os.has_move() {
+            os.register(staging.range(), RegisterMode::WP)?;
+        }
+        let started_ns = os.now_ns();
+        Ok(Self {
+            blocks: Blocks::new(config.max_blocks)?,
+            staging,
+            gate: Gate::new(),
+            devices: Devices::default(),
+            notifiers: arena::value(Notifiers::new(NOTIFIER_WAIT))?,
+            stats,
+            own_drops: OwnDrops::new(),
+            reader: Mutex::new(Deferred::new()),
+            jobs: Job::table()?,
+            posted: AtomicU32::new(0),
+            threads: AtomicU32::new(0),
+            outs: AtomicU32::new(0),
+            frozen: AtomicU32::new(0),
+            started_ns,
+            stop: AtomicU32::new(0),
+            resident_limit: AtomicU64::new(u64::MAX),
+            os,
+        })
+    }
+
+    /// A new engine thread's things.
+    ///
+    /// # Panics
+    /// When there are too many.
+    pub(crate) fn new_ctx(&self) -> Ctx {
+        let slot = self.threads.fetch_add(1, AcqRel) as usize;
+        assert!(slot < MAX_THREADS, "too many engine threads");
+        Ctx::new(slot)
+    }
+
+    pub(crate) fn lock_reader(&self) -> MutexGuard<'_, Deferred<O::Child>> {
+        self.reader.lock().expect("a thread that panics with the reader's lock takes the process down")
+    }
+
+    pub(crate) fn now_ms(&self) -> u64 {
+        // Never 0: that stands for "not yet".
+        (self.os.now_ns() - self.started_ns) / 1_000_000 + 1
+    }
+
+    /// The time for page histories.
+    #[expect(clippy::cast_possible_truncation, reason = "histories wrap")]
+    pub(crate) fn ticks(&self) -> u32 {
+        ((self.os.now_ns() - self.started_ns) / TICK_NS) as u32 & 0x0fff_ffff
+    }
+
+    pub(crate) fn ticks_to_ms(&self, ticks: u32) -> u64 {
+        u64::from(ticks & 0x0fff_ffff) * TICK_NS / 1_000_000
+    }
+
+    pub(crate) fn record_fault(&self, read_ns: u64) {
+        let took = self.os.now_ns().saturating_sub(read_ns);
+        self.stats.record(Latency::FaultHome, std::time::Duration::from_nanos(took));
+    }
+
+    /// Tells every mirror and notifier that translations of the range go. They are gone on return; until the guard is
+    /// dropped none can be made anew.
+    pub(crate) fn invalidate(&self, invalidation: &Invalidation) -> Invalidating<'static> {
+        self.notifiers.invalidate(invalidation)
+    }
+
+    /// Gives a chunk's memory back to the kernel.
+    pub(crate) fn zap_chunk(&self, chunk: Chunk) {
+        // Where the kernel refuses, the chunk is lost to us; its pages are garbage anyway.
+        if self.os.zap(self.staging.chunk_range(chunk)).is_ok() {
+            self.staging.put_empty(chunk);
+        }
+    }
+
+    /// Collects what must not move, as of now.
+    pub(crate) fn refresh_excluded(&self, ctx: &mut Ctx) {
+        ctx.excluded.clear();
+        self.os.excluded(&mut |range| ctx.excluded.add(range));
+    }
+
+    // Fork.
+
+    /// Begins taking pages out, unless a fork is being prepared.
+    pub(crate) fn begin_out(&self) -> Option<RunningOut<'_>> {
+        self.outs.fetch_add(1, SeqCst);
+        let running = RunningOut(&self.outs);
+        (self.frozen.load(SeqCst) == 0).then_some(running)
+    }
+
+    /// Waits while a fork is being prepared.
+    pub(crate) fn wait_thawed(&self) {
+        let mut spins = 0;
+        while self.frozen.load(Acquire) != 0 {
+            pause(&mut spins);
+        }
+    }
+
+    pub(crate) fn fork_is_prepared(&self) -> bool {
+        self.frozen.load(SeqCst) != 0
+    }
+
+    /// Lets nothing leave any more, and waits for what is leaving.
+    pub(crate) fn freeze(&self) {
+        self.frozen.fetch_add(1, SeqCst);
+        let mut spins = 0;
+        while self.outs.load(SeqCst) != 0 {
+            pause(&mut spins);
+        }
+    }
+
+    pub(crate) fn thaw(&self) {
+        self.frozen.fetch_sub(1, SeqCst);
+    }
+
+    // Threads.
+
+    /// A handler's life: waits for messages and deals with them.
+    pub(crate) fn run_handler(&'static self) {
+        let mut ctx = self.new_ctx();
+        while self.stop.load(Relaxed) == 0 {
+            match self.os.wait_event(None) {
+                Ok(true) => while self.pump(&mut ctx) != crate::events::Pumped::Nothing {},
+                Ok(false) => {}
+                Err(error) => panic!("waiting for the userfaultfd failed: {error}"),
+            }
+        }
+    }
+
+    /// A mover's life: takes jobs.
+    pub(crate) fn run_mover(&'static self) {
+        let mut ctx = self.new_ctx();
+        while self.stop.load(Relaxed) == 0 {
+            let seen = self.posted.load(Acquire);
+            let mut worked = false;
+            for job in self.jobs {
+                if let Some(request) = job.take() {
+                    worked = true;
+                    let reply = self.execute(&mut ctx, job, request);
+                    job.finish(reply);
+                }
+            }
+            if !worked {
+                let _ = futex::wait(&self.posted, seen, None);
+            }
+        }
+    }
+
+    /// Has an engine thread carry out `request`, and waits for it; `read` sees the results before they go.
+    ///
+    /// # Locking
+    /// To be called by threads that are not the engine's.
+    pub(crate) fn call<T>(&self, request: Request, read: impl FnOnce(&Job, Reply) -> T) -> T {
+        let mut spins = 0;
+        let job = loop {
+            match self.jobs.iter().find(|job| job.claim()) {
+                Some(job) => break job,
+                None => pause(&mut spins),
+            }
+        };
+        job.post(request);
+        self.posted.fetch_add(1, Release);
+        let _ = futex::wake(&self.posted, 1);
+        let reply = job.wait();
+        let result = read(job, reply);
+        job.release();
+        result
+    }
+}
+
+impl<O: Os> Waker for Core<O> {
+    fn wake(&self, range: PageRange) {
+        self.os.wake(range);
+    }
+}
+
+/// Most pages that one job answers for.
+pub(crate) const JOB_PAGES: usize = 8192;
+const _: () = assert!(JOBS >= 4);
+
+/// Cuts `range` into pieces that one job can answer for.
+pub(crate) fn job_pieces(range: PageRange) -> impl Iterator<Item = PageRange> {
+    let step = (JOB_PAGES as u64) << uhmm_sys::addr::PAGE_SHIFT;
+    let (start, end) = (range.start().get(), range.end().get());
+    (start..end).step_by(usize::try_from(step).expect("64-bit")).map(move |at| {
+        PageRange::from_ends(VirtAddr::new(at), VirtAddr::new(end.min(at + step))).expect("a piece of a range")
+    })
+}

@@ -1,0 +1,290 @@
+//! The address space changed: what follows for page states and mirrors.
+//!
+//! Messages are read one at a time, with the gate closed (see [`crate::gate`]). A fault opens the gate at once and is
+//! served outside; an event is applied before anybody else may look.
+
+use std::ops::ControlFlow;
+
+use uhmm_sys::addr::{PageRange, VirtAddr};
+
+use crate::{
+    block::{Block, Place, Transit},
+    device::{Cause, CopyOp, Invalidation},
+    engine::Core,
+    gate::pause,
+    home::frame_run,
+    os::{ChildMm, Event, Os},
+    page_set::PageSet,
+    staging::Left,
+    thread::Ctx,
+    trace::Counter,
+};
+
+/// What a look at the userfaultfd brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pumped {
+    Nothing,
+    Event,
+    Fault,
+}
+
+/// How deeply a thread may serve faults that it read while it waited to retry another.
+const MAX_DEPTH: u32 = 4;
+
+impl<O: Os> Core<O> {
+    /// Reads one message, if there is one, and deals with it.
+    ///
+    /// # Locking
+    /// The caller holds no page and is outside the gate.
+    pub(crate) fn pump(&'static self, ctx: &mut Ctx) -> Pumped {
+        let fault = {
+            let mut reader = self.lock_reader();
+            self.gate.close();
+            self.devices.for_each(|entry| entry.device().close_gate());
+            let event = self.os.next_event();
+            let fault = match event {
+                Ok(None) => None,
+                Ok(Some(Event::Fault { addr, wp, .. })) => Some((addr, wp)),
+                Ok(Some(event)) => {
+                    self.gate.applying();
+                    let mut next = Some(event);
+                    while let Some(event) = next {
+                        self.stats.add(Counter::Events, 1);
+                        self.apply(ctx, event, &mut reader);
+                        next = reader.take();
+                    }
+                    self.devices.for_each(|entry| entry.device().open_gate());
+                    self.gate.open();
+                    return Pumped::Event;
+                }
+                Err(error) => panic!("reading the userfaultfd failed: {error}"),
+            };
+            self.devices.for_each(|entry| entry.device().open_gate());
+            self.gate.open();
+            fault
+        };
+        let Some((addr, wp)) = fault else { return Pumped::Nothing };
+        let read_ns = self.os.now_ns();
+        if ctx.depth >= MAX_DEPTH {
+            // Let it fault anew; by then whoever keeps us from serving it may be done.
+            self.os.wake(PageRange::page_of(addr));
+            return Pumped::Fault;
+        }
+        ctx.depth += 1;
+        self.serve_fault(ctx, addr, wp);
+        ctx.depth -= 1;
+        self.record_fault(read_ns);
+        Pumped::Fault
+    }
+
+    /// Lets pending events be read, by whoever it is, before an operation that was refused is tried again.
+    pub(crate) fn settle_events(&'static self, ctx: &mut Ctx, attempt: u32) {
+        self.gate.wait_applied();
+        if self.pump(ctx) == Pumped::Nothing {
+            // Read already, but the thread that raised it has not gone on yet, and until it has the kernel refuses.
+            if attempt < 16 {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(std::time::Duration::from_micros(100));
+            }
+        }
+    }
+
+    fn apply(&'static self, ctx: &mut Ctx, event: Event<O::Child>, reader: &mut Deferred<O::Child>) {
+        match event {
+            Event::Fault { .. } => unreachable!("faults are served outside the gate"),
+            Event::Unmap(range) => {
+                self.own_drops.mappings_changed();
+                self.drop_pages(range, reader);
+            }
+            Event::Remove(range) => {
+                if !self.own_drops.is_own(range) {
+                    self.drop_pages(range, reader);
+                }
+            }
+            Event::Remap { from, to, len } => {
+                self.own_drops.mappings_changed();
+                self.remap(from, to, len, reader);
+            }
+            Event::Fork(child) => self.fork_child(ctx, child, reader),
+        }
+    }
+
+    /// The contents of `range` are gone for good: forget pages that are away, and every translation.
+    fn drop_pages(&'static self, range: PageRange, reader: &mut Deferred<O::Child>) {
+        let _invalidating = self.invalidate(&Invalidation { range, cause: Cause::Unmap, owner: None });
+        self.blocks.for_each(range, |block| {
+            if let Some(part) = PageRange::block_of(block.base()).intersection(range) {
+                self.drop_in_block(block, &PageSet::of(part), reader);
+            }
+            ControlFlow::Continue(())
+        });
+    }
+
+    fn drop_in_block(&'static self, block: Block, pages: &PageSet, reader: &mut Deferred<O::Child>) {
+        let mut transit = Transit::new(block, self);
+        for i in pages.iter() {
+            let word = block.word(i);
+            if word.is_cpu() && !word.locked() {
+                continue;
+            }
+            let place = self.hold_draining(&mut transit, i, reader);
+            transit.put(i, Place::Cpu);
+            match place {
+                Place::Cpu | Place::Poisoned { .. } => continue,
+                Place::Staged { slot, .. } => {
+                    if let Left::Zap(chunk) = self.staging.leave(slot.chunk(), 0, 1) {
+                        self.zap_chunk(chunk);
+                    }
+                }
+                Place::Device { device, pfn } => self.free_frame(device, pfn),
+            }
+            self.stats.add(Counter::PagesDropped, 1);
+        }
+    }
+
+    /// Pages that are away follow their mapping to its new address.
+    fn remap(&'static self, from: VirtAddr, to: VirtAddr, len: u64, reader: &mut Deferred<O::Child>) {
+        let (Ok(old), Ok(new)) = (PageRange::new(from, len), PageRange::new(to, len)) else { return };
+        let _old = self.invalidate(&Invalidation { range: old, cause: Cause::Unmap, owner: None });
+        let _new = self.invalidate(&Invalidation { range: new, cause: Cause::Unmap, owner: None });
+        self.blocks.for_each(old, |block| {
+            let Some(part) = PageRange::block_of(block.base()).intersection(old) else {
+                return ControlFlow::Continue(());
+            };
+            let mut source = Transit::new(block, self);
+            for i in PageSet::of(part).iter() {
+                let word = block.word(i);
+                if word.is_cpu() && !word.locked() {
+                    continue;
+                }
+                let place = self.hold_draining(&mut source, i, reader);
+                if place == Place::Cpu {
+                    source.put(i, Place::Cpu);
+                    continue;
+                }
+                let target = to.add(block.page(i).get() - from.get());
+                let (block_to, n) = match self.blocks.find_or_add(target, 0) {
+                    Ok(block_to) => (block_to, target.page_in_block()),
+                    // Records are kept back for this case; without one the page would be lost.
+                    Err(_) => panic!("no record left for page {target}, which moved here from {}", block.page(i)),
+                };
+                source.put(i, Place::Cpu);
+                let mut dest = Transit::new(block_to, self);
+                // What was away at the new address went with the mapping that was replaced; its event comes first.
+                let replaced = self.hold_draining(&mut dest, n, reader);
+                assert_eq!(replaced, Place::Cpu, "page {target} has two homes after mremap");
+                let (since, why) = block.history(i);
+                block_to.set_history(n, since, why);
+                dest.put(n, place);
+                if let Place::Device { device, pfn } = place
+                    && let Some(entry) = self.devices.get(device)
+                {
+                    entry.set_hint(pfn, target);
+                }
+            }
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// A child exists that was not prepared for: give it the bytes of the pages that are away, all of them, now.
+    ///
+    /// The bytes are those of this moment: the gate is closed, so that no page comes home, and no device writes.
+    fn fork_child(&'static self, ctx: &mut Ctx, child: O::Child, reader: &mut Deferred<O::Child>) {
+        self.stats.add(Counter::Forks, 1);
+        if self.fork_is_prepared() {
+            // Everything is home. Dropping the child's descriptor ends its registration.
+            return;
+        }
+        let whole = PageRange::new(VirtAddr::new(0), uhmm_sys::addr::TASK_SIZE).expect("the user address space");
+        self.blocks.for_each(whole, |block| {
+            if block.away() == 0 {
+                return ControlFlow::Continue(());
+            }
+            let mut transit = Transit::new(block, self);
+            for i in self.away(block).iter() {
+                let place = self.hold_draining(&mut transit, i, reader);
+                let bytes = match place {
+                    Place::Cpu => None,
+                    Place::Staged { slot, .. } => Some(self.staging.bytes(slot, 1)),
+                    Place::Device { device, pfn } => ctx.home.take(&self.staging, 1).and_then(|(slot, _)| {
+                        let host = self.staging.bytes(slot, 1);
+                        let op = CopyOp { host, frames: frame_run(pfn, 1) };
+                        let entry = self.devices.get(device)?;
+                        entry.device().copy_to_host(&[op]).ok().map(|()| host)
+                    }),
+                    Place::Poisoned { .. } => None,
+                };
+                let page = block.run(crate::page_set::Run { first: i, count: 1 });
+                match bytes {
+                    Some(bytes) => {
+                        let _ = child.copy(page.start(), bytes);
+                    }
+                    None if place != Place::Cpu => {
+                        let _ = child.poison(page);
+                    }
+                    None => {}
+                }
+                transit.put_back(i);
+            }
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// Takes page `i`, waiting for its holder; meanwhile reads the events that holders themselves raise.
+    ///
+    /// A holder that drops pages (see [`crate::freeze`]) waits in the kernel until its own event is read.
+    fn hold_draining(&self, transit: &mut Transit<'_>, i: usize, reader: &mut Deferred<O::Child>) -> Place {
+        let mut spins = 0;
+        loop {
+            if let Ok(place) = transit.try_hold(i) {
+                return place;
+            }
+            if !self.own_drops.any() {
+                return transit.hold(i);
+            }
+            pause(&mut spins);
+            if !reader.is_full() {
+                match self.os.next_event() {
+                    Ok(Some(Event::Remove(range))) if self.own_drops.is_own(range) => {}
+                    // It faults anew, and is served when the gate is open.
+                    Ok(Some(Event::Fault { addr, .. })) => self.os.wake(PageRange::page_of(addr)),
+                    Ok(Some(event)) => reader.put(event),
+                    Ok(None) => {}
+                    Err(error) => panic!("reading the userfaultfd failed: {error}"),
+                }
+            }
+        }
+    }
+}
+
+/// Events that were read while another was being applied, in order.
+#[derive(Debug)]
+pub(crate) struct Deferred<C> {
+    events: [Option<Event<C>>; 32],
+    first: usize,
+    count: usize,
+}
+
+impl<C> Deferred<C> {
+    pub(crate) fn new() -> Self {
+        Self { events: std::array::from_fn(|_| None), first: 0, count: 0 }
+    }
+
+    fn is_full(&self) -> bool {
+        self.count == self.events.len()
+    }
+
+    fn put(&mut self, event: Event<C>) {
+        let n = (self.first + self.count) % self.events.len();
+        assert!(self.events[n].replace(event).is_none(), "the caller asked whether there was room");
+        self.count += 1;
+    }
+
+    fn take(&mut self) -> Option<Event<C>> {
+        let event = self.events[self.first].take()?;
+        self.first = (self.first + 1) % self.events.len();
+        self.count -= 1;
+        Some(event)
+    }
+}

@@ -1,0 +1,169 @@
+//! A CPU thread touched a page that is not there.
+//!
+//! The thread waits in the kernel until the page is put in place or it is woken to look again. The handler never
+//! waits for anybody who might wait for the program: it takes page locks only where they are free, and leaves a mark
+//! otherwise.
+
+use uhmm_sys::{
+    Errno,
+    addr::{BLOCK_PAGES, PAGE_SIZE, PageRange, VirtAddr},
+    uffd::Wake,
+};
+
+use crate::{
+    block::{Block, Mark, Place, Transit},
+    engine::Core,
+    os::Os,
+    page_set::{PageSet, Run},
+    policy,
+    thread::Ctx,
+    trace::{Counter, Why},
+};
+
+/// How often a fault is tried again while events are pending, before the thread is sent to fault anew.
+const ATTEMPTS: u32 = 64;
+/// How many pages a first touch fills at least, where its neighbours were never touched either.
+const ZERO_AROUND: usize = 64;
+
+impl<O: Os> Core<O> {
+    /// Serves the fault of a thread at `addr`, or sees to it that somebody wakes the thread.
+    pub(crate) fn serve_fault(&'static self, ctx: &mut Ctx, addr: VirtAddr, wp: bool) {
+        let page = PageRange::page_of(addr);
+        let Some(block) = self.blocks.find(addr) else {
+            // Registered memory without a record: a hole of a mapping that grew, or that `mremap` brought here.
+            return self.zero_alone(ctx, page);
+        };
+        let i = addr.page_in_block();
+        for attempt in 0..ATTEMPTS {
+            let word = block.word(i);
+            if word.locked() {
+                match block.mark_waited(i) {
+                    Mark::Left => return self.stats.add(Counter::FaultsWaited, 1),
+                    Mark::Unlocked => continue,
+                }
+            }
+            if wp {
+                // Protection that a finished operation left behind.
+                let _ = self.os.write_unprotect(page);
+                return self.os.wake(page);
+            }
+            match word.place() {
+                Place::Cpu => {
+                    if self.fill_hole(ctx, block, i) {
+                        return;
+                    }
+                }
+                Place::Poisoned { .. } => {
+                    let _ = self.os.poison(page);
+                    return self.os.wake(page);
+                }
+                Place::Staged { .. } | Place::Device { .. } => {
+                    let away = self.away(block);
+                    let window = policy::fault_window(block.policy(), i, &away);
+                    let left_at = block.history(i).0;
+                    let outcome =
+                        self.bring_home(ctx, block, &window, |n| if n == i { Why::CpuFault } else { Why::FaultAround });
+                    if outcome.home.has(i) {
+                        let away_ms = self.ticks_to_ms(self.ticks().wrapping_sub(left_at));
+                        policy::came_home(block.policy(), self.now_ms(), away_ms);
+                        return self.stats.add(Counter::FaultsHome, 1);
+                    }
+                    if !outcome.again && !outcome.busy.has(i) && !outcome.poisoned.has(i) {
+                        // Unmapped meanwhile, or out of memory: the thread finds out for itself.
+                        self.stats.add(Counter::FaultsStale, 1);
+                        return self.os.wake(page);
+                    }
+                }
+            }
+            self.settle_events(ctx, attempt);
+        }
+        self.stats.add(Counter::FaultsStale, 1);
+        self.os.wake(page);
+    }
+
+    /// The pages of `block` that are away.
+    pub(crate) fn away(&self, block: Block) -> PageSet {
+        (0..BLOCK_PAGES).filter(|&i| !block.word(i).is_cpu()).collect()
+    }
+
+    /// Fills a page that was never touched (or was discarded). Returns whether the thread is taken care of.
+    fn fill_hole(&'static self, ctx: &mut Ctx, block: Block, i: usize) -> bool {
+        let page = block.run(Run { first: i, count: 1 });
+        if block.away() == 0 && self.release_block(ctx, block) {
+            self.os.wake(page);
+            return true;
+        }
+        let mut transit = Transit::new(block, self);
+        match transit.try_hold(i) {
+            Ok(Place::Cpu) => {}
+            Ok(_) | Err(_) => return false,
+        }
+        // Neighbours too, until one that is not a hole: the next touches then cost no round trip.
+        let end = (i + 1..BLOCK_PAGES.min(i + ZERO_AROUND))
+            .find(|&n| !matches!(block.word(n).place(), Place::Cpu) || transit.try_hold(n) != Ok(Place::Cpu))
+            .unwrap_or(BLOCK_PAGES.min(i + ZERO_AROUND));
+        let Ok(_inside) = self.gate.enter(ctx.slot) else { return false };
+        let mut done = 0;
+        let run = Run { first: i, count: end - i };
+        let result = self.os.zero(block.run(run), Wake::Now);
+        done += result.done;
+        self.stats.add(Counter::FaultsZero, 1);
+        match result.stop {
+            _ if done >= PAGE_SIZE => true,
+            Some(Errno::AGAIN) => false,
+            _ => {
+                // Present already, unmapped, or not to be filled: the thread looks for itself.
+                self.os.wake(page);
+                true
+            }
+        }
+    }
+
+    /// Fills a single page in memory that has no record.
+    fn zero_alone(&'static self, ctx: &mut Ctx, page: PageRange) {
+        for attempt in 0..ATTEMPTS {
+            if let Ok(_inside) = self.gate.enter(ctx.slot) {
+                if self.blocks.find(page.start()).is_some() {
+                    break;
+                }
+                let result = self.os.zero(page, Wake::Now);
+                if result.stop != Some(Errno::AGAIN) {
+                    break;
+                }
+            }
+            self.settle_events(ctx, attempt);
+        }
+        self.stats.add(Counter::FaultsZero, 1);
+        self.os.wake(page);
+    }
+
+    /// Gives a block of which nothing is away back to native faults. Returns whether it was done.
+    pub(crate) fn release_block(&'static self, ctx: &mut Ctx, block: Block) -> bool {
+        let Ok(_inside) = self.gate.enter(ctx.slot) else { return false };
+        let Some(_registration) = block.try_lock_registration() else { return false };
+        if block.away() != 0 {
+            return false;
+        }
+        let range = PageRange::block_of(block.base());
+        let released = self.unregister_pieces(range);
+        if released {
+            self.stats.add(Counter::BlocksReleased, 1);
+        }
+        released
+    }
+
+    /// Unregisters `range` VMA by VMA: the kernel refuses a range with a VMA that cannot be registered in it.
+    fn unregister_pieces(&self, range: PageRange) -> bool {
+        let mut at = range.start();
+        while let Ok(rest) = PageRange::from_ends(at, range.end()) {
+            let Ok(vma) = self.os.vma(at) else { return false };
+            let Some(piece) = vma.and_then(|v| v.range.intersection(rest)) else { return true };
+            match self.os.unregister(piece) {
+                // Not ours to unregister: another userfaultfd's, or of a kind that none has.
+                Ok(()) | Err(Errno::INVAL | Errno::BUSY | Errno::NOENT) => at = piece.end(),
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+}

@@ -1,0 +1,149 @@
+//! The way out where `MOVE` is not to be had: freeze, copy, drop.
+//!
+//! Kernels before 6.8 have no `UFFDIO_MOVE`, and no kernel moves pages of a mapping that is not writable. There a run
+//! of pages is write-protected, so that a writer faults and waits, copied into staging, and dropped with
+//! `MADV_DONTNEED`. Dropping raises an event of our own, which the reader recognises (see [`OwnDrops`]).
+//!
+//! What this way does not see: pages pinned for I/O, whose later contents would be lost. And unlike `MOVE` it is not
+//! atomic against an `munmap` and `mmap` of other threads in the instant between the last check and the drop. So
+//! policies use it only where the kernel has no `MOVE` at all; a driver that asks for a read-only range gets it.
+
+use std::sync::atomic::{
+    AtomicU64,
+    Ordering::{AcqRel, Acquire, SeqCst},
+};
+
+use uhmm_sys::{
+    Errno,
+    addr::{BLOCK_PAGES, PAGE_SIZE, PageRange},
+    pagemap::Page,
+};
+
+use crate::{
+    block::{Place, Transit},
+    engine::Core,
+    migrate::Pass,
+    os::Os,
+    page_set::{PageSet, Run},
+    staging::Chunk,
+    thread::{Ctx, MAX_THREADS},
+};
+
+/// The ranges that engine threads are dropping right now, one a thread.
+#[derive(Debug)]
+pub(crate) struct OwnDrops {
+    slots: [AtomicU64; MAX_THREADS],
+    /// Counts the events that change mappings.
+    changes: AtomicU64,
+}
+
+impl OwnDrops {
+    pub(crate) fn new() -> Self {
+        Self { slots: std::array::from_fn(|_| AtomicU64::new(0)), changes: AtomicU64::new(0) }
+    }
+
+    // A range lies within a block: its start and its page count fit one word.
+    fn pack(range: PageRange) -> u64 {
+        range.start().get() | (range.pages() as u64 - 1)
+    }
+
+    fn announce(&self, slot: usize, range: PageRange) {
+        let _: () = const { assert!(BLOCK_PAGES as u64 <= PAGE_SIZE) };
+        self.slots[slot].store(Self::pack(range), SeqCst);
+    }
+
+    fn withdraw(&self, slot: usize) {
+        self.slots[slot].store(0, SeqCst);
+    }
+
+    /// Whether `range` is being dropped by an engine thread; each announcement answers once.
+    pub(crate) fn is_own(&self, range: PageRange) -> bool {
+        range.pages() <= BLOCK_PAGES
+            && self.slots.iter().any(|s| s.compare_exchange(Self::pack(range), 0, AcqRel, Acquire).is_ok())
+    }
+
+    /// Whether any engine thread is dropping pages.
+    pub(crate) fn any(&self) -> bool {
+        self.slots.iter().any(|s| s.load(SeqCst) != 0)
+    }
+
+    /// Says that mappings have changed, before anything waits for page locks on that account.
+    pub(crate) fn mappings_changed(&self) {
+        self.changes.fetch_add(1, SeqCst);
+    }
+}
+
+impl<O: Os> Core<O> {
+    /// Takes held pages of a range that is registered for write-protection out by copying. Returns those that are gone
+    /// from the program (holes included); the others stay in `left`, with their protection lifted.
+    pub(crate) fn copy_out(
+        &'static self,
+        ctx: &mut Ctx,
+        transit: &mut Transit<'_>,
+        chunk: Chunk,
+        left: &mut PageSet,
+        pass: &mut Pass,
+    ) -> PageSet {
+        let mut taken = PageSet::EMPTY;
+        for run in left.runs() {
+            match self.copy_run_out(ctx, transit, chunk, run) {
+                Ok(pages) => {
+                    *left = left.minus(&PageSet::span(run.first, run.first + run.count));
+                    taken = taken.or(&pages);
+                }
+                Err(error) => {
+                    let range = transit.block().run(run);
+                    // Where this fails the mapping is gone, and with it the protection.
+                    let _ = self.os.write_unprotect(range);
+                    self.os.wake(range);
+                    if error == Errno::AGAIN {
+                        pass.again = pass.again.or(&PageSet::span(run.first, run.first + run.count));
+                    }
+                }
+            }
+        }
+        taken
+    }
+
+    fn copy_run_out(
+        &'static self,
+        ctx: &mut Ctx,
+        transit: &mut Transit<'_>,
+        chunk: Chunk,
+        run: Run,
+    ) -> Result<PageSet, Errno> {
+        let range = transit.block().run(run);
+        let changes = self.own_drops.changes.load(SeqCst);
+        {
+            let _inside = self.gate.enter(ctx.slot).map_err(|_| Errno::AGAIN)?;
+            self.os.write_protect(range)?;
+        }
+        let mut pages = [Page::empty(); BLOCK_PAGES];
+        let pages = &mut pages[..run.count];
+        self.os.scan(range, pages)?;
+        let present: PageSet =
+            run.pages().filter(|i| pages[i - run.first].intersects(Page::PRESENT | Page::SWAPPED)).collect();
+        for part in present.runs() {
+            let bytes = self.staging.bytes(chunk.slot(part.first), part.count);
+            let copied = self.os.read(transit.block().page(part.first), bytes);
+            if copied.done != part.bytes() {
+                return Err(copied.stop.unwrap_or(Errno::FAULT));
+            }
+        }
+        for part in present.runs() {
+            let range = transit.block().run(part);
+            self.own_drops.announce(ctx.slot, range);
+            if self.own_drops.changes.load(SeqCst) != changes {
+                self.own_drops.withdraw(ctx.slot);
+                return Err(Errno::AGAIN);
+            }
+            let dropped = self.os.zap(range);
+            self.own_drops.withdraw(ctx.slot);
+            dropped?;
+            for i in part.pages() {
+                transit.set(i, Place::Staged { slot: chunk.slot(i), exclusive: None });
+            }
+        }
+        Ok(PageSet::span(run.first, run.first + run.count))
+    }
+}

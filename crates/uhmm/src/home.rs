@@ -1,0 +1,347 @@
+//! Pages come home: from staging without a copy, from a device through recycled staging pages.
+//!
+//! One path for everything that brings pages back: CPU faults, prefetch, eviction, fork, close. The kernel's names
+//! for it are `migrate_to_ram` (for one fault) and `migrate_device_range`.
+//!
+//! 1. Lock the wanted pages that are away.
+//! 2. Invalidate the mirrors, so that no device writes to a frame any more.
+//! 3. Copy frames into staging pages; pages in staging need no copy.
+//! 4. Inside the gate: `MOVE` them home. Where the VMA is not writable, or `MOVE` is not to be had, `COPY`.
+//! 5. Free the frames, let the pages go.
+//!
+//! What cannot be put home stays where it is, locked by nobody.
+
+use uhmm_sys::{
+    Errno,
+    addr::{BLOCK_PAGES, PAGE_SIZE},
+    uffd::{RegisterMode, SrcHoles, Wake},
+};
+
+use crate::{
+    block::{Block, Place, Transit},
+    device::{Cause, CopyOp, DevPfn, DeviceError, DeviceId, FrameRun, Invalidation},
+    engine::Core,
+    os::Os,
+    page_set::{PageSet, Run},
+    staging::{Left, Slot},
+    thread::Ctx,
+    trace::{Counter, Why},
+};
+
+/// What became of the pages that were wanted home.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Outcome {
+    /// Came home.
+    pub(crate) home: PageSet,
+    /// In transit elsewhere; their holder wakes whoever waits.
+    pub(crate) busy: PageSet,
+    /// The kernel refused because an event is pending: drain, and ask again.
+    pub(crate) again: bool,
+    /// Nothing can be put there: unmapped, or without any access. They stay away.
+    pub(crate) unmapped: PageSet,
+    /// Their bytes are lost with a device.
+    pub(crate) poisoned: PageSet,
+    /// The device or the kernel failed for now; they stay away.
+    pub(crate) failed: PageSet,
+}
+
+/// How an attempt to put a run home ended.
+enum Put {
+    Done(usize),
+    Again(usize),
+    Unmapped(usize),
+    NotMovable(usize),
+    Failed(usize),
+}
+
+impl<O: Os> Core<O> {
+    /// Brings the pages of `want` home that are away and not in transit.
+    ///
+    /// `why` is recorded for each; with `wait` pages in transit are waited for rather than reported busy.
+    ///
+    /// # Locking
+    /// The caller holds no page and is outside the gate.
+    pub(crate) fn bring_home(
+        &'static self,
+        ctx: &mut Ctx,
+        block: Block,
+        want: &PageSet,
+        why: impl Fn(usize) -> Why,
+    ) -> Outcome {
+        let mut out = Outcome::default();
+        let mut transit = Transit::new(block, self);
+        let (mut staged, mut on_device, mut visible) = (PageSet::EMPTY, PageSet::EMPTY, PageSet::EMPTY);
+        for i in want.iter() {
+            if block.word(i).is_cpu() && !block.word(i).locked() {
+                continue;
+            }
+            match transit.try_hold(i) {
+                Err(_) => out.busy.insert(i),
+                Ok(Place::Cpu) => transit.put(i, Place::Cpu),
+                Ok(Place::Poisoned { .. }) => {
+                    out.poisoned.insert(i);
+                    transit.put_back(i);
+                }
+                Ok(Place::Staged { exclusive, .. }) => {
+                    staged.insert(i);
+                    if exclusive.is_some() {
+                        visible.insert(i);
+                    }
+                }
+                Ok(Place::Device { .. }) => {
+                    on_device.insert(i);
+                    visible.insert(i);
+                }
+            }
+        }
+        if transit.held().is_empty() {
+            return out;
+        }
+        let _invalidating = span(&visible)
+            .map(|run| self.invalidate(&Invalidation { range: block.run(run), cause: Cause::Migrate, owner: None }));
+        if !staged.is_empty() {
+            self.staged_home(ctx, &mut transit, staged, &why, &mut out);
+        }
+        if !on_device.is_empty() && !out.again {
+            self.device_home(ctx, &mut transit, on_device, &why, &mut out);
+        }
+        out
+    }
+
+    /// Moves pages home that stand in staging.
+    fn staged_home(
+        &'static self,
+        ctx: &mut Ctx,
+        transit: &mut Transit<'_>,
+        staged: PageSet,
+        why: &impl Fn(usize) -> Why,
+        out: &mut Outcome,
+    ) {
+        let block = transit.block();
+        let mut rest = staged;
+        while let Some(run) = next_slot_run(transit, &rest) {
+            let Place::Staged { slot, .. } = transit.place(run.first) else {
+                unreachable!("only staged pages are here")
+            };
+            let result = self.put_run(ctx, block, run, slot);
+            let done = self.note_put(result, run, out);
+            let arrived = Run { first: run.first, count: done };
+            if done > 0 {
+                self.settle_home(transit, arrived, why, out);
+                if let Left::Zap(chunk) = self.staging.leave(slot.chunk(), done, 0) {
+                    self.zap_chunk(chunk);
+                }
+                self.stats.add(Counter::PagesHomeStaged, done);
+            }
+            if out.again {
+                return;
+            }
+            // The page that stopped the run, if any, is left where it is.
+            for i in run.first..run.first + (done + 1).min(run.count) {
+                rest.remove(i);
+            }
+        }
+    }
+
+    /// Copies pages home that are in frames.
+    fn device_home(
+        &'static self,
+        ctx: &mut Ctx,
+        transit: &mut Transit<'_>,
+        on_device: PageSet,
+        why: &impl Fn(usize) -> Why,
+        out: &mut Outcome,
+    ) {
+        let block = transit.block();
+        let mut rest = on_device;
+        while let Some((run, device, first)) = next_frame_run(transit, &rest) {
+            let Some((slot, count, whole)) = self.home_slots(ctx, run) else {
+                out.failed = out.failed.or(&rest);
+                return;
+            };
+            let run = Run { first: run.first, count };
+            let host = self.staging.bytes(slot, count);
+            let frames = frame_run(first, count);
+            let copied = match self.devices.get(device) {
+                Some(entry) => entry.device().copy_to_host(&[CopyOp { host, frames }]),
+                None => Err(DeviceError::Lost),
+            };
+            if let Err(error) = copied {
+                for i in run.pages() {
+                    rest.remove(i);
+                    if error == DeviceError::Lost {
+                        out.poisoned.insert(i);
+                        self.stats.add(Counter::PagesPoisoned, 1);
+                        transit.put(i, Place::Poisoned { device });
+                    } else {
+                        out.failed.insert(i);
+                    }
+                }
+                self.return_home_slots(ctx, slot, count, 0, whole);
+                continue;
+            }
+            let result = self.put_run(ctx, block, run, slot);
+            let done = self.note_put(result, run, out);
+            self.return_home_slots(ctx, slot, count, done, whole);
+            if done > 0 {
+                self.settle_home(transit, Run { first: run.first, count: done }, why, out);
+                self.free_frames(device, frame_run(first, done));
+                self.stats.add(Counter::PagesHome, done);
+                if done == BLOCK_PAGES {
+                    self.stats.add(Counter::FoliosHome, 1);
+                }
+            }
+            if out.again {
+                return;
+            }
+            for i in run.first..run.first + (done + 1).min(run.count) {
+                rest.remove(i);
+            }
+        }
+    }
+
+    /// Slots for a run on its way home: a whole huge page for a whole block where one is at hand, else the next ones of
+    /// the thread's own chunk.
+    fn home_slots(&self, ctx: &mut Ctx, run: Run) -> Option<(Slot, usize, bool)> {
+        if run.count == BLOCK_PAGES
+            && let Some(chunk) = self.staging.take_filled_huge()
+        {
+            return Some((chunk.slot(0), BLOCK_PAGES, true));
+        }
+        let (slot, count) = ctx.home.take(&self.staging, run.count)?;
+        Some((slot, count, false))
+    }
+
+    fn return_home_slots(&self, ctx: &mut Ctx, slot: Slot, count: usize, moved: usize, whole: bool) {
+        let spent = if whole {
+            debug_assert_eq!(count, BLOCK_PAGES);
+            Some(slot.chunk())
+        } else {
+            ctx.home.advance(moved)
+        };
+        if let Some(chunk) = spent {
+            self.zap_chunk(chunk);
+        }
+    }
+
+    /// Puts the pages in `slot..` at the run's addresses.
+    fn put_run(&self, ctx: &mut Ctx, block: Block, run: Run, slot: Slot) -> Put {
+        let mut done = 0;
+        let mut registered = false;
+        let mut by_copy = !self.os.has_move();
+        while done < run.count {
+            let Ok(_inside) = self.gate.enter(ctx.slot) else { return Put::Again(done) };
+            let dst = block.page(run.first + done);
+            let src = self.staging.addr(Slot::from_number(slot.number() + u32::try_from(done).expect("below 512")));
+            let result = if by_copy {
+                // One page a call: a run may reach over the end of the read-only VMA that made this necessary.
+                self.os.copy(
+                    dst,
+                    self.staging.bytes(Slot::from_number(slot.number() + u32::try_from(done).expect("below 512")), 1),
+                    Wake::Now,
+                )
+            } else {
+                let len = ((run.count - done) as u64) * PAGE_SIZE;
+                self.os.move_pages(dst, src, len, SrcHoles::Fail, Wake::Now)
+            };
+            let moved = usize::try_from(result.done / PAGE_SIZE).expect("a run is at most a block");
+            done += moved;
+            if moved > 0 {
+                continue;
+            }
+            match result.stop {
+                None => unreachable!("a call without progress says why"),
+                Some(Errno::AGAIN) => return Put::Again(done),
+                Some(Errno::INVAL) if !by_copy => by_copy = true,
+                // The range lost its registration (a move that raised no event): its bytes are here still.
+                Some(Errno::NOENT) if !registered => {
+                    registered = true;
+                    let page = block.run(Run { first: run.first + done, count: 1 });
+                    if self.os.register(page, RegisterMode::MISSING).is_err() {
+                        return Put::Unmapped(done);
+                    }
+                }
+                Some(Errno::NOENT | Errno::FAULT | Errno::SRCH) => return Put::Unmapped(done),
+                Some(Errno::EXIST) => panic!(
+                    "page {dst} has two homes: the kernel has a page where {:?} is away",
+                    block.word(run.first + done)
+                ),
+                Some(Errno::INVAL) => return Put::NotMovable(done),
+                Some(_) => return Put::Failed(done),
+            }
+        }
+        Put::Done(done)
+    }
+
+    /// Notes how a put ended, and returns how many pages of it arrived.
+    fn note_put(&self, put: Put, run: Run, out: &mut Outcome) -> usize {
+        let stopped_at = |done: usize| run.first + done;
+        match put {
+            Put::Done(done) => done,
+            Put::Again(done) => {
+                self.stats.add(Counter::RetriesEvent, 1);
+                out.again = true;
+                done
+            }
+            Put::Unmapped(done) | Put::NotMovable(done) => {
+                out.unmapped.insert(stopped_at(done));
+                done
+            }
+            Put::Failed(done) => {
+                out.failed.insert(stopped_at(done));
+                done
+            }
+        }
+    }
+
+    /// Lets pages go that arrived.
+    fn settle_home(&self, transit: &mut Transit<'_>, run: Run, why: &impl Fn(usize) -> Why, out: &mut Outcome) {
+        let ticks = self.ticks();
+        for i in run.pages() {
+            transit.block().set_history(i, ticks, why(i));
+            transit.put(i, Place::Cpu);
+            out.home.insert(i);
+        }
+    }
+}
+
+/// The smallest run that holds all of `set`.
+pub(crate) fn span(set: &PageSet) -> Option<Run> {
+    let first = set.iter().next()?;
+    let last = set.runs().last().map(|r| r.first + r.count - 1)?;
+    Some(Run { first, count: last - first + 1 })
+}
+
+pub(crate) fn frame_run(first: DevPfn, count: usize) -> FrameRun {
+    FrameRun { first, count: u32::try_from(count).expect("a run is at most a block") }
+}
+
+/// The first run of `rest` whose slots are neighbours too.
+fn next_slot_run(transit: &Transit<'_>, rest: &PageSet) -> Option<Run> {
+    let run = rest.runs().next()?;
+    let slot_of = |i| match transit.place(i) {
+        Place::Staged { slot, .. } => slot.number(),
+        place => unreachable!("page {i} of a staged run is {place:?}"),
+    };
+    let first = slot_of(run.first);
+    let count = run
+        .pages()
+        .zip(first..)
+        .take_while(|&(i, slot)| {
+            slot_of(i) == slot && Slot::from_number(slot).chunk() == Slot::from_number(first).chunk()
+        })
+        .count();
+    Some(Run { first: run.first, count })
+}
+
+/// The first run of `rest` whose frames are neighbours on one device.
+fn next_frame_run(transit: &Transit<'_>, rest: &PageSet) -> Option<(Run, DeviceId, DevPfn)> {
+    let run = rest.runs().next()?;
+    let frame_of = |i| match transit.place(i) {
+        Place::Device { device, pfn } => (device, pfn.get()),
+        place => unreachable!("page {i} of a run on a device is {place:?}"),
+    };
+    let (device, first) = frame_of(run.first);
+    let count = run.pages().zip(first..).take_while(|&(i, pfn)| frame_of(i) == (device, pfn)).count();
+    Some((Run { first: run.first, count }, device, DevPfn::new(first)))
+}

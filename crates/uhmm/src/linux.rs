@@ -1,0 +1,179 @@
+//! The seam's Linux side: [`LinuxMm`] is the process it runs in.
+
+use uhmm_sys::{
+    Errno, access,
+    addr::{PageRange, VirtAddr},
+    arena, exclude,
+    maps::{self, Maps, Prot, Vma},
+    mem::HostBytes,
+    pagemap::{Page, Pagemap},
+    uffd::{self, Copied, Features, KernelFaults, Protect, RegisterMode, SrcHoles, Uffd, Wake},
+};
+
+use crate::{
+    mm::StartError,
+    os::{ChildMm, Event, Os},
+};
+
+/// The address space of this process.
+#[derive(Debug)]
+pub struct LinuxMm {
+    start: std::time::Instant,
+    uffd: Uffd,
+    pagemap: Pagemap,
+    maps: Maps,
+    has_move: bool,
+}
+
+/// A forked child's registered memory.
+#[derive(Debug)]
+pub struct LinuxChild(Uffd);
+
+impl LinuxMm {
+    /// Opens what the engine needs of the kernel.
+    ///
+    /// # Errors
+    /// [`StartError::Userfaultfd`] where there is none to be had, [`StartError::Proc`] where `/proc` is not.
+    pub fn open() -> Result<Self, StartError> {
+        let mut wanted = Features::EVENT_REMAP
+            | Features::EVENT_REMOVE
+            | Features::EVENT_UNMAP
+            | Features::THREAD_ID
+            | Features::FAULT_WP
+            | Features::POISON
+            | Features::MOVE;
+        if !masked("fork-event") {
+            wanted |= Features::EVENT_FORK;
+        }
+        let uffd = Uffd::open(wanted)?;
+        let has_move = uffd.features().contains(Features::MOVE) && !masked("move");
+        let pagemap = Pagemap::open().map_err(StartError::Proc)?;
+        let maps = Maps::open().map_err(StartError::Proc)?;
+        Ok(Self { start: std::time::Instant::now(), uffd, pagemap, maps, has_move })
+    }
+}
+
+impl ChildMm for LinuxChild {
+    fn copy(&self, dst: VirtAddr, src: HostBytes) -> Copied {
+        self.0.copy(dst, src.addr(), src.len(), Wake::Now, Protect::Off)
+    }
+
+    fn poison(&self, range: PageRange) -> Copied {
+        self.0.poison(range, Wake::Now)
+    }
+}
+
+impl Os for LinuxMm {
+    type Child = LinuxChild;
+
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_nanos()).expect("the process is younger than 584 years")
+    }
+
+    fn has_move(&self) -> bool {
+        self.has_move
+    }
+
+    fn serves_kernel_faults(&self) -> bool {
+        self.uffd.kernel_faults() == KernelFaults::Yes
+    }
+
+    fn vma(&self, at: VirtAddr) -> Result<Option<Vma>, Errno> {
+        self.maps.find(at)
+    }
+
+    fn scan(&self, range: PageRange, out: &mut [Page]) -> Result<(), Errno> {
+        self.pagemap.scan(range, out)
+    }
+
+    fn excluded(&self, f: &mut dyn FnMut(PageRange)) {
+        if let Some(range) = arena::range() {
+            f(range);
+        }
+        exclude::engine_statics(f);
+        if exclude::thread_control_pages(f).is_err() {
+            // Without knowing the threads nothing is safe to move.
+            f(crate::ops::whole_space());
+        }
+    }
+
+    fn anon_rss(&self) -> Result<u64, Errno> {
+        maps::anon_rss_bytes()
+    }
+
+    fn register(&self, range: PageRange, mode: RegisterMode) -> Result<(), Errno> {
+        self.uffd.register(range, mode)
+    }
+
+    fn unregister(&self, range: PageRange) -> Result<(), Errno> {
+        self.uffd.unregister(range)
+    }
+
+    fn copy(&self, dst: VirtAddr, src: HostBytes, wake: Wake) -> Copied {
+        self.uffd.copy(dst, src.addr(), src.len(), wake, Protect::Off)
+    }
+
+    fn zero(&self, range: PageRange, wake: Wake) -> Copied {
+        self.uffd.zeropage(range, wake)
+    }
+
+    fn move_pages(&self, dst: VirtAddr, src: VirtAddr, len: u64, holes: SrcHoles, wake: Wake) -> Copied {
+        self.uffd.move_pages(dst, src, len, wake, holes)
+    }
+
+    fn write_protect(&self, range: PageRange) -> Result<(), Errno> {
+        self.uffd.write_protect(range, Protect::On, Wake::Later)
+    }
+
+    fn write_unprotect(&self, range: PageRange) -> Result<(), Errno> {
+        self.uffd.write_protect(range, Protect::Off, Wake::Now)
+    }
+
+    fn poison(&self, range: PageRange) -> Copied {
+        self.uffd.poison(range, Wake::Now)
+    }
+
+    fn wake(&self, range: PageRange) {
+        // Waking needs no mapping: it fails for a malformed range only, which a `PageRange` is not.
+        let _ = self.uffd.wake(range);
+    }
+
+    fn next_event(&self) -> Result<Option<Event<LinuxChild>>, Errno> {
+        let range = |start, end| PageRange::from_ends(start, end).expect("the kernel's ranges are page ranges");
+        Ok(self.uffd.read()?.map(|event| match event {
+            uffd::Event::Fault { addr, wp, tid, .. } => Event::Fault { addr, tid, wp },
+            uffd::Event::Fork { child } => Event::Fork(LinuxChild(child)),
+            uffd::Event::Remap { from, to, len } => Event::Remap { from, to, len },
+            uffd::Event::Remove { start, end } => Event::Remove(range(start, end)),
+            uffd::Event::Unmap { start, end } => Event::Unmap(range(start, end)),
+        }))
+    }
+
+    fn wait_event(&self, timeout_ms: Option<u32>) -> Result<bool, Errno> {
+        self.uffd.wait(timeout_ms)
+    }
+
+    fn zap(&self, range: PageRange) -> Result<(), Errno> {
+        access::zap(range)
+    }
+
+    fn populate_read(&self, range: PageRange) -> Result<(), Errno> {
+        access::populate_read(range)
+    }
+
+    fn populate_write(&self, range: PageRange) -> Result<(), Errno> {
+        access::populate_write(range)
+    }
+
+    fn protect(&self, range: PageRange, prot: Prot) -> Result<(), Errno> {
+        access::protect(range, prot)
+    }
+
+    fn read(&self, src: VirtAddr, dst: HostBytes) -> Copied {
+        access::read_to_host(src, dst)
+    }
+}
+
+fn masked(name: &str) -> bool {
+    std::env::var("UHMM_MASK").is_ok_and(|mask| mask.split(',').any(|m| m == name))
+}

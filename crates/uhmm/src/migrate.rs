@@ -1,0 +1,680 @@
+//! Pages leave: out of the program into staging, and on to a device.
+//!
+//! The kernel's `migrate_vma_setup` / `pages` / `finalize`, per block:
+//!
+//! 1. *setup*: lock the pages, invalidate the mirrors, then inside the gate register the range and `MOVE` the pages
+//!    into a staging chunk. From here on a CPU touch faults and waits.
+//! 2. *pages*: find frames and copy. No lock is held but the pages' own, and nobody needs those to make progress.
+//! 3. *finalize*: commit what worked; what did not is moved home, or rests in staging until it is touched.
+//!
+//! Every page ends moved or skipped with a reason. A page that is shared after a fork is made the process's own and
+//! tried once more; one that is pinned stays.
+//!
+//! What is not migrated, and why: file-backed and shared memory (its pages belong to the file, not to the process),
+//! huge pages of hugetlbfs (they cannot be split), special mappings, memory of another userfaultfd, and the engine's
+//! own.
+
+use uhmm_sys::{
+    Errno,
+    addr::{BLOCK_PAGES, PAGE_SIZE, PageRange},
+    maps::{Backing, Prot, Sharing, Vma},
+    pagemap::Page,
+    uffd::{RegisterMode, SrcHoles, Wake},
+};
+
+use crate::{
+    block::{Block, Place, Transit},
+    device::{Cause, CopyOp, DevPfn, DeviceId, FrameRun, Invalidation},
+    devices::Entry,
+    engine::Core,
+    home::{frame_run, span},
+    os::Os,
+    page_set::{PageSet, Run},
+    policy,
+    staging::{Chunk, Left},
+    thread::Ctx,
+    trace::{Counter, Why},
+};
+
+macro_rules! outcomes {
+    ($($(#[doc = $doc:literal])* $name:ident = $word:literal),* $(,)?) => {
+        /// What became of one page.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
+        #[repr(u8)]
+        pub enum PageOutcome { $($(#[doc = $doc])* $name),* }
+
+        impl PageOutcome {
+            /// Every outcome.
+            pub const ALL: &'static [Self] = &[$(Self::$name),*];
+
+            /// A short phrase for output.
+            #[must_use]
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$name => $word),* }
+            }
+
+            pub(crate) fn from_bits(bits: u64) -> Self {
+                usize::try_from(bits).ok().and_then(|n| Self::ALL.get(n)).copied().unwrap_or(Self::Failed)
+            }
+        }
+    };
+}
+
+outcomes! {
+    /// Nothing was tried.
+    Untried = "untried",
+    /// It moved.
+    Moved = "moved",
+    /// It was where it should go.
+    Already = "already there",
+    /// No memory is mapped there.
+    Unmapped = "not mapped",
+    /// A page of a file.
+    FileBacked = "file-backed",
+    /// Memory shared with other processes.
+    SharedMapping = "shared mapping",
+    /// A page of hugetlbfs.
+    Hugetlb = "hugetlb",
+    /// A mapping of the kernel or a driver.
+    Special = "special mapping",
+    /// The mapping allows no access at all.
+    NoAccess = "no access",
+    /// Another userfaultfd has the range.
+    ForeignUserfaultfd = "another userfaultfd's",
+    /// The engine's own memory, or a thread's control block.
+    EngineOwned = "engine's own",
+    /// Pinned for I/O, or still shared after an attempt to unshare it.
+    Pinned = "pinned",
+    /// In transit elsewhere.
+    Busy = "busy",
+    /// Never touched, and holes were not to be moved.
+    Hole = "hole",
+    /// The device has no room.
+    Full = "device full",
+    /// It came home too short a while ago.
+    Hot = "hot",
+    /// It is on another device.
+    OtherDevice = "on another device",
+    /// A device has it for exclusive access.
+    ExclusiveElsewhere = "exclusively held",
+    /// The device failed to copy it.
+    DeviceFailed = "device failed",
+    /// Its bytes are lost with a device.
+    Poisoned = "poisoned",
+    /// The kernel refuses: too many mappings, or out of memory.
+    NoMemory = "no memory",
+    /// The kernel cannot move pages of this mapping.
+    NotMovable = "not movable",
+    /// Some other page of an all-or-nothing request could not move.
+    RolledBack = "rolled back",
+    /// The budget of retries ran out while the program kept changing its address space.
+    TimedOut = "timed out",
+    /// Something else.
+    Failed = "failed",
+}
+
+/// What a migration is to do.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Plan {
+    /// Where to; `None` sets pages aside in staging.
+    pub(crate) to: Option<DeviceId>,
+    /// Recorded for each page.
+    pub(crate) why: Why,
+    /// Whether pages never touched become zero frames, as the kernel does it, or stay holes.
+    pub(crate) holes: Holes,
+    /// Whether pages on another device are fetched from there.
+    pub(crate) other_devices: OtherDevices,
+    /// Whether minimum residency counts.
+    pub(crate) residency: ResidencyRule,
+    /// The device whose request this is: its interval notifiers may ignore the invalidation.
+    pub(crate) owner: Option<DeviceId>,
+}
+
+/// See [`Plan::holes`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Holes {
+    Skip,
+    Zero,
+}
+
+/// See [`Plan::other_devices`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OtherDevices {
+    Leave,
+    Fetch,
+}
+
+/// See [`Plan::residency`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ResidencyRule {
+    Ignore,
+    Obey,
+}
+
+/// One result per page of a block.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Outcomes(pub(crate) [PageOutcome; BLOCK_PAGES]);
+
+impl Outcomes {
+    pub(crate) fn new() -> Self {
+        Self([PageOutcome::Untried; BLOCK_PAGES])
+    }
+
+    fn set(&mut self, pages: &PageSet, outcome: PageOutcome) {
+        pages.iter().for_each(|i| self.0[i] = outcome);
+    }
+
+    pub(crate) fn pages(&self, outcome: PageOutcome) -> PageSet {
+        (0..BLOCK_PAGES).filter(|&i| self.0[i] == outcome).collect()
+    }
+}
+
+/// How often an operation on one block is tried again while the program changes its address space.
+pub(crate) const ATTEMPTS: u32 = 200;
+
+impl<O: Os> Core<O> {
+    /// Moves the pages of `range`, which lies in one block, according to `plan`.
+    ///
+    /// # Locking
+    /// The caller holds no page and is outside the gate.
+    pub(crate) fn migrate_out(&'static self, ctx: &mut Ctx, range: PageRange, plan: &Plan, outcomes: &mut Outcomes) {
+        let mut at = range.start();
+        while let Ok(rest) = PageRange::from_ends(at, range.end()) {
+            let vma = match self.os.vma(at) {
+                Ok(vma) => vma,
+                Err(_) => return outcomes.set(&PageSet::of(rest), PageOutcome::Failed),
+            };
+            let Some((vma, piece)) = vma.and_then(|v| v.range.intersection(rest).map(|piece| (v, piece))) else {
+                return outcomes.set(&PageSet::of(rest), PageOutcome::Unmapped);
+            };
+            if let Ok(gap) = PageRange::from_ends(at, piece.start()) {
+                outcomes.set(&PageSet::of(gap), PageOutcome::Unmapped);
+            }
+            match refusal(&vma) {
+                Some(reason) => outcomes.set(&PageSet::of(piece), reason),
+                None => self.migrate_piece(ctx, piece, vma.prot, plan, outcomes),
+            }
+            at = piece.end();
+        }
+    }
+
+    /// Moves pages of one VMA within one block; tries again what deserves it.
+    fn migrate_piece(&'static self, ctx: &mut Ctx, piece: PageRange, prot: Prot, plan: &Plan, outcomes: &mut Outcomes) {
+        let mut want = PageSet::of(piece);
+        ctx.excluded.touching(piece, |r| {
+            let own = PageSet::of(r);
+            outcomes.set(&own, PageOutcome::EngineOwned);
+            want = want.minus(&own);
+        });
+        if want.is_empty() {
+            return;
+        }
+        let Ok(block) = self.blocks.find_or_add(piece.start(), SPARE_RECORDS) else {
+            return outcomes.set(&want, PageOutcome::NoMemory);
+        };
+        if plan.residency == ResidencyRule::Obey && !policy::may_leave(block.policy(), self.now_ms()) {
+            self.stats.add(Counter::SkippedHot, want.count());
+            return outcomes.set(&want, PageOutcome::Hot);
+        }
+        let mut unshared = PageSet::EMPTY;
+        for attempt in 0..ATTEMPTS {
+            let mut pass = Pass::default();
+            self.out_pass(ctx, block, piece, prot, plan, &want, &mut pass, outcomes);
+            let shared = pass.shared.minus(&unshared);
+            outcomes.set(&pass.shared.and(&unshared), PageOutcome::Pinned);
+            self.stats.add(Counter::SkippedPinned, pass.shared.and(&unshared).count());
+            // Pages shared after a fork, or merged: make them the process's own, with no lock held, and try once more.
+            for run in shared.runs() {
+                let _ = self.os.populate_write(block.run(run));
+            }
+            unshared = unshared.or(&shared);
+            want = shared.or(&pass.again);
+            if want.is_empty() {
+                return;
+            }
+            if !pass.again.is_empty() {
+                self.settle_events(ctx, attempt);
+            }
+        }
+        outcomes.set(&want, PageOutcome::TimedOut);
+    }
+
+    /// One attempt at `want`.
+    #[expect(clippy::too_many_arguments, reason = "the pass's inputs and its two results")]
+    fn out_pass(
+        &'static self,
+        ctx: &mut Ctx,
+        block: Block,
+        piece: PageRange,
+        prot: Prot,
+        plan: &Plan,
+        want: &PageSet,
+        pass: &mut Pass,
+        outcomes: &mut Outcomes,
+    ) {
+        let Some(_running) = self.begin_out() else {
+            pass.again = *want;
+            return;
+        };
+        let mut transit = Transit::new(block, self);
+        let mut staged = PageSet::EMPTY;
+        let mut resident = PageSet::EMPTY;
+        let mut elsewhere = PageSet::EMPTY;
+        for i in want.iter() {
+            outcomes.0[i] = match transit.try_hold(i) {
+                Err(_) => {
+                    self.stats.add(Counter::SkippedBusy, 1);
+                    PageOutcome::Busy
+                }
+                Ok(Place::Cpu) => {
+                    resident.insert(i);
+                    continue;
+                }
+                Ok(Place::Staged { exclusive: None, .. }) if plan.to.is_some() => {
+                    staged.insert(i);
+                    continue;
+                }
+                Ok(Place::Device { device, .. })
+                    if plan.other_devices == OtherDevices::Fetch && plan.to.is_some_and(|to| to != device) =>
+                {
+                    elsewhere.insert(i);
+                    continue;
+                }
+                Ok(place) => {
+                    transit.put_back(i);
+                    match place {
+                        Place::Staged { exclusive: Some(_), .. } => PageOutcome::ExclusiveElsewhere,
+                        Place::Staged { exclusive: None, .. } => PageOutcome::Already,
+                        Place::Device { device, .. } if plan.to.is_none_or(|to| to == device) => PageOutcome::Already,
+                        Place::Device { .. } => PageOutcome::OtherDevice,
+                        Place::Poisoned { .. } => PageOutcome::Poisoned,
+                        Place::Cpu => unreachable!("handled above"),
+                    }
+                }
+            };
+        }
+        let mut holes = PageSet::EMPTY;
+        let mut huge = false;
+        if !resident.is_empty() {
+            let moved = self.take_out(ctx, &mut transit, piece, prot, plan, &resident, pass, outcomes);
+            staged = staged.or(&moved.present);
+            holes = moved.holes;
+            huge = moved.huge;
+        }
+        let Some(entry) = plan.to.and_then(|to| self.devices.get(to)) else {
+            self.rest(&mut transit, &staged, plan.why, outcomes);
+            for i in holes.iter() {
+                transit.put_back(i);
+            }
+            outcomes.set(&holes, PageOutcome::Hole);
+            return;
+        };
+        if !elsewhere.is_empty() {
+            let fetched = self.fetch(&mut transit, &elsewhere, outcomes);
+            staged = staged.or(&fetched);
+        }
+        let failed = self.to_device(&mut transit, entry, &staged, huge, plan.why, outcomes);
+        if plan.holes == Holes::Zero {
+            self.zero_frames(&mut transit, entry, &holes, plan.why, outcomes);
+        } else {
+            outcomes.set(&holes, PageOutcome::Hole);
+        }
+        drop(transit);
+        if !failed.is_empty() {
+            // Outside the locks: whoever touches one of these first brings it home as well.
+            self.bring_home(ctx, block, &failed, |_| Why::RolledBack);
+        }
+    }
+
+    /// Setup: takes pages out of the program into staging. Held pages that did not move are let go.
+    #[expect(clippy::too_many_arguments, reason = "the pass's inputs and its two results")]
+    fn take_out(
+        &'static self,
+        ctx: &mut Ctx,
+        transit: &mut Transit<'_>,
+        piece: PageRange,
+        prot: Prot,
+        plan: &Plan,
+        resident: &PageSet,
+        pass: &mut Pass,
+        outcomes: &mut Outcomes,
+    ) -> TakenOut {
+        let block = transit.block();
+        let around = span(resident).expect("the caller has pages to move");
+        let _invalidating =
+            self.invalidate(&Invalidation { range: block.run(around), cause: Cause::Migrate, owner: plan.owner });
+        let mut refuse = |transit: &mut Transit<'_>, pages: &PageSet, outcome| {
+            outcomes.set(pages, outcome);
+            pages.iter().for_each(|i| transit.put_back(i));
+        };
+        let Some(chunk) = self.staging_chunk() else {
+            refuse(transit, resident, PageOutcome::NoMemory);
+            return TakenOut::default();
+        };
+        let frozen = !self.os.has_move() || !prot.contains(Prot::WRITE);
+        let mode = if frozen { RegisterMode::MISSING | RegisterMode::WP } else { RegisterMode::MISSING };
+        let mut taken = PageSet::EMPTY;
+        let mut left = *resident;
+        let mut stop = None;
+        {
+            let Ok(_inside) = self.gate.enter(ctx.slot) else {
+                self.staging.put_empty(chunk);
+                pass.again = pass.again.or(resident);
+                resident.iter().for_each(|i| transit.put_back(i));
+                return TakenOut::default();
+            };
+            let _registration = block.lock_registration();
+            match self.os.register(piece, mode) {
+                Ok(()) => {}
+                Err(error) => stop = Some(error),
+            }
+            if stop.is_none() && !frozen {
+                self.move_runs(transit, chunk, &mut left, &mut taken, pass, &mut stop);
+                // Under the registration lock: whoever looks for a block of which nothing is away must see these.
+                for i in taken.iter() {
+                    transit.set(i, Place::Staged { slot: chunk.slot(i), exclusive: None });
+                }
+            }
+        }
+        if stop.is_none() && frozen {
+            taken = self.copy_out(ctx, transit, chunk, &mut left, pass);
+        }
+        let (present, huge) = self.present(chunk, &taken);
+        let holes = taken.minus(&present);
+        for i in holes.iter() {
+            transit.set(i, Place::Cpu);
+        }
+        if present.is_empty() {
+            self.zap_chunk(chunk);
+        } else {
+            self.staging.arrive(chunk, present.count(), huge);
+            self.stats.add(Counter::PagesStaged, present.count());
+        }
+        // What is left was not taken: shared or pinned pages, or all of it where the kernel refused.
+        if !left.is_empty() {
+            let outcome = match stop {
+                Some(Errno::AGAIN) => {
+                    pass.again = pass.again.or(&left.minus(&pass.shared));
+                    PageOutcome::Untried
+                }
+                Some(Errno::BUSY) => PageOutcome::ForeignUserfaultfd,
+                Some(Errno::NOMEM) => PageOutcome::NoMemory,
+                Some(Errno::NOENT | Errno::SRCH) => PageOutcome::Unmapped,
+                _ => PageOutcome::NotMovable,
+            };
+            self.stats.add(Counter::SkippedOther, if outcome == PageOutcome::Untried { 0 } else { left.count() });
+            refuse(transit, &left, outcome);
+        }
+        TakenOut { present, holes, huge: huge && present == PageSet::ALL }
+    }
+
+    /// `MOVE`s runs of held pages into `chunk`. Pages found shared or pinned go to `pass.shared`; they and those after
+    /// `stop` stay in `left`.
+    fn move_runs(
+        &self,
+        transit: &Transit<'_>,
+        chunk: Chunk,
+        left: &mut PageSet,
+        taken: &mut PageSet,
+        pass: &mut Pass,
+        stop: &mut Option<Errno>,
+    ) {
+        let block = transit.block();
+        for run in left.runs() {
+            let mut first = run.first;
+            let end = run.first + run.count;
+            while first < end {
+                let src = block.page(first);
+                let dst = self.staging.addr(chunk.slot(first));
+                let len = (end - first) as u64 * PAGE_SIZE;
+                let result = self.os.move_pages(dst, src, len, SrcHoles::Allow, Wake::Later);
+                let moved = usize::try_from(result.done / PAGE_SIZE).expect("at most a block");
+                for i in first..first + moved {
+                    taken.insert(i);
+                    left.remove(i);
+                }
+                first += moved;
+                if moved > 0 {
+                    continue;
+                }
+                match result.stop {
+                    None => unreachable!("a call without progress says why"),
+                    Some(Errno::BUSY) => {
+                        // A huge page is pinned as one; going on behind its first piece would split it.
+                        let mut page = [Page::empty(); 1];
+                        let one = block.run(Run { first, count: 1 });
+                        let huge = self.os.scan(one, &mut page).is_ok() && page[0].contains(Page::HUGE);
+                        let until = if huge { end } else { first + 1 };
+                        (first..until).for_each(|i| pass.shared.insert(i));
+                        first = until;
+                    }
+                    Some(error) => {
+                        *stop = Some(error);
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Which of `taken` stand in `chunk`, and whether they are one huge page. The others were holes.
+    fn present(&self, chunk: Chunk, taken: &PageSet) -> (PageSet, bool) {
+        let Some(around) = span(taken) else { return (PageSet::EMPTY, false) };
+        let mut pages = [Page::empty(); BLOCK_PAGES];
+        let pages = &mut pages[..around.count];
+        if self.os.scan(self.staging.run(chunk, around), pages).is_err() {
+            // Treating a hole as a page costs a copy of zeros; the reverse would lose a page.
+            return (*taken, false);
+        }
+        let present = around
+            .pages()
+            .filter(|i| taken.has(*i) && pages[i - around.first].intersects(Page::PRESENT | Page::SWAPPED))
+            .collect();
+        (present, pages[0].contains(Page::HUGE))
+    }
+
+    /// Lets pages rest in staging.
+    fn rest(&self, transit: &mut Transit<'_>, staged: &PageSet, why: Why, outcomes: &mut Outcomes) {
+        let ticks = self.ticks();
+        for i in staged.iter() {
+            transit.block().set_history(i, ticks, why);
+            transit.put_back(i);
+        }
+        outcomes.set(staged, PageOutcome::Moved);
+    }
+
+    /// Pages and finalize: copies staged pages to frames of `entry`. Returns those that found no frame or whose copy
+    /// failed; they were let go in staging.
+    fn to_device(
+        &self,
+        transit: &mut Transit<'_>,
+        entry: &'static Entry,
+        staged: &PageSet,
+        huge: bool,
+        why: Why,
+        outcomes: &mut Outcomes,
+    ) -> PageSet {
+        let mut failed = PageSet::EMPTY;
+        let mut rest = *staged;
+        while let Some(run) = rest.runs().next() {
+            let slot_of = |i: usize| match transit.place(i) {
+                Place::Staged { slot, .. } => slot,
+                place => unreachable!("page {i} of a staged run is {place:?}"),
+            };
+            let slot = slot_of(run.first);
+            let same = run
+                .pages()
+                .zip(slot.index()..)
+                .take_while(|&(i, index)| slot_of(i).chunk() == slot.chunk() && slot_of(i).index() == index)
+                .count();
+            let give_up = |transit: &mut Transit<'_>, rest: &mut PageSet, failed: &mut PageSet, pages: PageSet| {
+                for i in pages.iter() {
+                    rest.remove(i);
+                    failed.insert(i);
+                    transit.put_back(i);
+                }
+            };
+            let Some(frames) = entry.alloc(same, huge) else {
+                outcomes.set(&rest, PageOutcome::Full);
+                self.stats.add(Counter::SkippedFull, rest.count());
+                let all = rest;
+                give_up(transit, &mut rest, &mut failed, all);
+                break;
+            };
+            let run = Run { first: run.first, count: frames.count as usize };
+            let host = self.staging.bytes(slot, run.count);
+            if entry.device().copy_to_device(&[CopyOp { host, frames }]).is_err() {
+                entry.free(frames);
+                let pages = PageSet::span(run.first, run.first + run.count);
+                outcomes.set(&pages, PageOutcome::DeviceFailed);
+                give_up(transit, &mut rest, &mut failed, pages);
+                continue;
+            }
+            self.commit(transit, entry, run, frames, why);
+            for i in run.pages() {
+                rest.remove(i);
+                outcomes.0[i] = PageOutcome::Moved;
+            }
+            if let Left::Zap(chunk) = self.staging.leave(slot.chunk(), 0, run.count) {
+                self.zap_chunk(chunk);
+            }
+            self.stats.add(Counter::PagesOut, run.count);
+            if huge && run.count == BLOCK_PAGES {
+                self.stats.add(Counter::FoliosOut, 1);
+            }
+        }
+        failed
+    }
+
+    /// Gives pages that were never touched zero frames.
+    fn zero_frames(
+        &self,
+        transit: &mut Transit<'_>,
+        entry: &'static Entry,
+        holes: &PageSet,
+        why: Why,
+        outcomes: &mut Outcomes,
+    ) {
+        let mut rest = *holes;
+        while let Some(run) = rest.runs().next() {
+            let Some(frames) = entry.alloc(run.count, run.count == BLOCK_PAGES) else {
+                outcomes.set(&rest, PageOutcome::Full);
+                self.stats.add(Counter::SkippedFull, rest.count());
+                return;
+            };
+            let run = Run { first: run.first, count: frames.count as usize };
+            let outcome = if entry.device().zero(frames).is_ok() {
+                self.commit(transit, entry, run, frames, why);
+                self.stats.add(Counter::PagesOut, run.count);
+                PageOutcome::Moved
+            } else {
+                entry.free(frames);
+                run.pages().for_each(|i| transit.put_back(i));
+                PageOutcome::DeviceFailed
+            };
+            for i in run.pages() {
+                rest.remove(i);
+                outcomes.0[i] = outcome;
+            }
+        }
+    }
+
+    fn commit(&self, transit: &mut Transit<'_>, entry: &Entry, run: Run, frames: FrameRun, why: Why) {
+        let ticks = self.ticks();
+        let block = transit.block();
+        for (i, n) in run.pages().zip(0..) {
+            let pfn = frames.first.add(n);
+            entry.set_hint(pfn, block.page(i));
+            block.set_history(i, ticks, why);
+            transit.put(i, Place::Device { device: entry.id(), pfn });
+        }
+    }
+
+    /// Copies pages from other devices into staging, on their way to this one. What fails is let go where it is.
+    fn fetch(&self, transit: &mut Transit<'_>, elsewhere: &PageSet, outcomes: &mut Outcomes) -> PageSet {
+        let block = transit.block();
+        let around = span(elsewhere).expect("the caller has pages to fetch");
+        let _invalidating =
+            self.invalidate(&Invalidation { range: block.run(around), cause: Cause::Migrate, owner: None });
+        let mut fetched = PageSet::EMPTY;
+        let chunk = self.staging_chunk();
+        for i in elsewhere.iter() {
+            let Place::Device { device, pfn } = transit.place(i) else { unreachable!("only device pages are here") };
+            let copied = chunk.zip(self.devices.get(device)).is_some_and(|(chunk, entry)| {
+                let host = self.staging.bytes(chunk.slot(i), 1);
+                entry.device().copy_to_host(&[CopyOp { host, frames: frame_run(pfn, 1) }]).is_ok()
+            });
+            match chunk {
+                Some(chunk) if copied => {
+                    self.staging.arrive(chunk, 1, false);
+                    transit.set(i, Place::Staged { slot: chunk.slot(i), exclusive: None });
+                    self.free_frames(device, frame_run(pfn, 1));
+                    fetched.insert(i);
+                }
+                _ => {
+                    outcomes.0[i] = PageOutcome::OtherDevice;
+                    transit.put_back(i);
+                }
+            }
+        }
+        if let Some(chunk) = chunk.filter(|_| fetched.is_empty()) {
+            self.zap_chunk(chunk);
+        }
+        fetched
+    }
+
+    /// An empty chunk, if need be one that held garbage.
+    fn staging_chunk(&self) -> Option<Chunk> {
+        self.staging.take_empty().or_else(|| {
+            let chunk = self.staging.shrink()?;
+            self.os.zap(self.staging.chunk_range(chunk)).ok()?;
+            Some(chunk)
+        })
+    }
+
+    /// Frees `frames`, and tells the device.
+    pub(crate) fn free_frames(&self, device: DeviceId, frames: FrameRun) {
+        if let Some(entry) = self.devices.get(device) {
+            entry.free(frames);
+        }
+    }
+
+    /// A frame that `device` uses for page `i` no more.
+    pub(crate) fn free_frame(&self, device: DeviceId, pfn: DevPfn) {
+        self.free_frames(device, frame_run(pfn, 1));
+    }
+}
+
+/// Records kept back for events that move pages, which cannot be refused.
+const SPARE_RECORDS: u32 = 256;
+
+/// What one attempt leaves to be done.
+#[derive(Debug, Default)]
+pub(crate) struct Pass {
+    /// Refused because an event is pending.
+    pub(crate) again: PageSet,
+    /// Refused as shared or pinned.
+    pub(crate) shared: PageSet,
+}
+
+/// What setup took.
+#[derive(Debug, Default)]
+struct TakenOut {
+    present: PageSet,
+    holes: PageSet,
+    huge: bool,
+}
+
+/// Why pages of `vma` never migrate, if so.
+pub(crate) fn refusal(vma: &Vma) -> Option<PageOutcome> {
+    match (vma.sharing, vma.backing) {
+        _ if vma.page_size > PAGE_SIZE => Some(PageOutcome::Hugetlb),
+        (_, Backing::Special) => Some(PageOutcome::Special),
+        (Sharing::Shared, _) => Some(PageOutcome::SharedMapping),
+        (Sharing::Private, Backing::File) => Some(PageOutcome::FileBacked),
+        (Sharing::Private, Backing::Anonymous | Backing::Stack | Backing::Heap) => {
+            (!vma.prot.contains(Prot::READ)).then_some(PageOutcome::NoAccess)
+        }
+    }
+}

@@ -1,0 +1,575 @@
+//! A device's view of the address space: faults, reports, exclusive access.
+//!
+//! Everything here follows the sequence protocol of [`crate::notifier`]: begin to read, look, and install the result
+//! only if nothing was invalidated meanwhile; else look again, within a budget.
+//!
+//! # Kernel
+//! `mm/hmm.c: hmm_range_fault()`, `mm/memory.c: make_device_exclusive()`.
+
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+use uhmm_sys::{
+    Errno,
+    addr::{BLOCK_PAGES, PageRange, VirtAddr},
+    arena,
+    maps::{Prot, Vma},
+    pagemap::Page,
+};
+
+use crate::{
+    block::{Place, Transit},
+    device::{Cause, Device, DeviceId, Invalidation},
+    device_table::{Access, DeviceTable, Pte},
+    devices::Entry,
+    engine::Core,
+    home::span,
+    migrate::{Holes, OtherDevices, Outcomes, PageOutcome, Plan, ResidencyRule, refusal},
+    notifier::{IntervalOps, InvalidateSeq, Invalidated},
+    os::Os,
+    page_set::PageSet,
+    pgmap::Pgmap,
+    sync::Words,
+    thread::Ctx,
+    trace::{Counter, Why},
+};
+
+/// The protection that a mapping must have for an access.
+const fn needed(access: Access) -> Prot {
+    match access {
+        Access::Read => Prot::READ,
+        Access::Write | Access::Atomic => Prot::WRITE,
+    }
+}
+
+/// What a device fault does with a page that is in host memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DeviceFaultPolicy {
+    /// Leaves it there and lets the device reach it by its address.
+    Map,
+    /// Moves the block around it to the device, where that may be; else as [`DeviceFaultPolicy::Map`].
+    Migrate,
+}
+
+/// Why a device's access, or a range fault, cannot be served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum FaultError {
+    /// Nothing is mapped at the address.
+    #[error("{addr}: nothing is mapped there")]
+    NoVma {
+        /// The page.
+        addr: VirtAddr,
+    },
+    /// The mapping does not allow the access.
+    #[error("{addr}: the mapping does not allow the access")]
+    Denied {
+        /// The page.
+        addr: VirtAddr,
+    },
+    /// The page's bytes were lost with a device.
+    #[error("{addr}: the bytes were lost with {device}")]
+    Poisoned {
+        /// The page.
+        addr: VirtAddr,
+        /// The device that died.
+        device: DeviceId,
+    },
+    /// The address space kept changing until the budget ran out.
+    #[error("{addr}: the address space kept changing for {ms} ms")]
+    TimedOut {
+        /// The page.
+        addr: VirtAddr,
+        /// How long was tried.
+        ms: u64,
+    },
+    /// The device is not registered any more.
+    #[error("the device is gone")]
+    NoDevice,
+    /// The kernel failed.
+    #[error("{addr}: {errno}")]
+    Kernel {
+        /// The page.
+        addr: VirtAddr,
+        /// What it answered.
+        errno: Errno,
+    },
+    /// The device table has no room; the access may be tried again after others were invalidated.
+    #[error("{addr}: the device's page table is full")]
+    TableFull {
+        /// The page.
+        addr: VirtAddr,
+    },
+}
+
+/// What a snapshot or range fault says of one page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageReport(u64);
+
+const VALID: u64 = 1;
+const WRITE: u64 = 1 << 1;
+const ERROR: u64 = 1 << 2;
+const ZERO: u64 = 1 << 3;
+const HUGE: u64 = 1 << 4;
+const LOCAL: u64 = 1 << 5;
+const PFN_SHIFT: u32 = 32;
+
+impl PageReport {
+    /// Not there; a fault may bring it.
+    pub const NONE: Self = Self(0);
+    /// Can never be there: no mapping, or one that cannot be read.
+    pub const IMPOSSIBLE: Self = Self(ERROR);
+
+    pub(crate) const fn bits(self) -> u64 {
+        self.0
+    }
+
+    pub(crate) const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    /// The device may read it.
+    #[must_use]
+    pub const fn is_valid(self) -> bool {
+        self.0 & VALID != 0
+    }
+
+    /// The device may write it without a further fault.
+    #[must_use]
+    pub const fn is_writable(self) -> bool {
+        self.0 & WRITE != 0
+    }
+
+    /// No fault can make it valid.
+    #[must_use]
+    pub const fn is_error(self) -> bool {
+        self.0 & ERROR != 0
+    }
+
+    /// It is the kernel's shared page of zeros.
+    #[must_use]
+    pub const fn is_zero_page(self) -> bool {
+        self.0 & ZERO != 0
+    }
+
+    /// log2 of the pages that the CPU maps as one with it: 0 or 9.
+    #[must_use]
+    pub const fn order(self) -> u32 {
+        if self.0 & HUGE != 0 { 9 } else { 0 }
+    }
+
+    /// The frame of the asking device that holds it, if one does.
+    #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "the upper half is the frame number")]
+    pub const fn local_frame(self) -> Option<crate::device::DevPfn> {
+        if self.0 & LOCAL != 0 { Some(crate::device::DevPfn::new((self.0 >> PFN_SHIFT) as u32)) } else { None }
+    }
+}
+
+/// Leaf directories of a device's page table: 16 GiB of addresses each.
+const TABLE_LEAVES: u32 = 64;
+/// Blocks of which a device's page table can hold single pages at once: 16 GiB.
+const TABLE_BLOCKS: u32 = 8192;
+
+/// Keeps one device's page table in step.
+struct TableSink {
+    device: &'static dyn Device,
+    table: &'static DeviceTable,
+}
+
+impl IntervalOps for TableSink {
+    fn invalidate<'a>(&self, invalidation: &Invalidation, seq: InvalidateSeq<'a>) -> Invalidated<'a> {
+        let mut any = false;
+        let receipt = seq.set(|| any = self.table.clear(invalidation.range));
+        if any {
+            self.device.flush(invalidation);
+        }
+        receipt
+    }
+}
+
+/// How long an operation tries while the address space keeps changing under it.
+const BUDGET: Duration = Duration::from_secs(1);
+
+impl<O: Os> Core<O> {
+    pub(crate) fn make_entry(&'static self, id: DeviceId, device: &'static dyn Device) -> Result<Entry, Errno> {
+        let spec = device.memory();
+        let pgmap = if spec.frames == 0 {
+            None
+        } else {
+            let needed = Pgmap::storage_needed(spec.frames);
+            let words = Words {
+                words32: uhmm_sys::mem::shared_slice(needed.words32)?,
+                words64: uhmm_sys::mem::shared_slice(needed.words64)?,
+            };
+            Some(Pgmap::new(id, spec.frames, words))
+        };
+        let table: &'static DeviceTable = {
+            let needed = DeviceTable::storage_needed(TABLE_LEAVES, TABLE_BLOCKS);
+            let words = Words { words32: arena::slice(needed.words32)?, words64: arena::slice(needed.words64)? };
+            arena::value(DeviceTable::new(TABLE_LEAVES, TABLE_BLOCKS, words))?
+        };
+        let sink: &'static TableSink = arena::value(TableSink { device, table })?;
+        let subscription = self.notifiers.insert(crate::ops::whole_space(), sink).map_err(|_| Errno::NOMEM)?;
+        Ok(Entry::new(id, device, pgmap, table, subscription))
+    }
+
+    pub(crate) fn drop_entry(&self, entry: &'static Entry) {
+        let _ = self.notifiers.remove(entry.subscription());
+    }
+
+    /// Serves a device's fault at `addr`: installs a translation in its table and returns it.
+    pub(crate) fn device_fault(
+        &'static self,
+        ctx: &mut Ctx,
+        device: DeviceId,
+        addr: VirtAddr,
+        access: Access,
+        policy: DeviceFaultPolicy,
+    ) -> Result<Pte, FaultError> {
+        let start = Instant::now();
+        let page = PageRange::page_of(addr);
+        let addr = page.start();
+        let mut may_migrate = policy == DeviceFaultPolicy::Migrate;
+        self.stats.add(Counter::DeviceFaults, 1);
+        loop {
+            if start.elapsed() > BUDGET {
+                return Err(FaultError::TimedOut { addr, ms: u64::try_from(BUDGET.as_millis()).expect("short") });
+            }
+            let entry = self.devices.get(device).filter(|e| e.is_live()).ok_or(FaultError::NoDevice)?;
+            let seq = match self.notifiers.read_begin(entry.subscription()) {
+                Ok(seq) => seq,
+                Err(_) => {
+                    return Err(FaultError::TimedOut { addr, ms: u64::try_from(BUDGET.as_millis()).expect("short") });
+                }
+            };
+            let vma = self.check_access(addr, access)?;
+            let writable = vma.prot.contains(Prot::WRITE);
+            let pte = match self.blocks.find(addr).map(|block| (block, block.word(addr.page_in_block()))) {
+                Some((_, word)) if word.locked() => {
+                    std::thread::yield_now();
+                    continue;
+                }
+                Some((block, word)) => match word.place() {
+                    Place::Cpu => None,
+                    Place::Poisoned { device } => return Err(FaultError::Poisoned { addr, device }),
+                    Place::Device { device: d, pfn }
+                        if d == device && (access == Access::Read || !entry.is_shared(pfn)) =>
+                    {
+                        let access = if writable && !entry.is_shared(pfn) { Access::Write } else { Access::Read };
+                        Some(Pte::frame(pfn, access))
+                    }
+                    Place::Staged { exclusive: Some(d), .. } if d == device => {
+                        Some(Pte::host(if writable { Access::Atomic } else { Access::Read }))
+                    }
+                    Place::Device { .. } | Place::Staged { .. } => {
+                        // Another's, or shared with a child: home first, page by page, as the kernel does it.
+                        let i = addr.page_in_block();
+                        self.block_home(ctx, block, &[i].into_iter().collect(), Why::DeviceFault, &mut |_, _| {});
+                        continue;
+                    }
+                },
+                None => None,
+            };
+            let pte = match pte {
+                Some(pte) => pte,
+                None if may_migrate && refusal(&vma).is_none() => {
+                    // Once: where it does not work out, the page is mapped where it is.
+                    may_migrate = false;
+                    self.refresh_excluded(ctx);
+                    if let Some(window) = PageRange::block_of(addr).intersection(vma.range) {
+                        let plan = Plan {
+                            to: Some(device),
+                            why: Why::DeviceFault,
+                            holes: Holes::Skip,
+                            other_devices: OtherDevices::Leave,
+                            residency: ResidencyRule::Obey,
+                            owner: Some(device),
+                        };
+                        let mut outcomes = Outcomes::new();
+                        self.migrate_out(ctx, window, &plan, &mut outcomes);
+                    }
+                    continue;
+                }
+                None => {
+                    let populated = match access {
+                        Access::Read => self.os.populate_read(page),
+                        Access::Write | Access::Atomic => self.os.populate_write(page),
+                    };
+                    match populated {
+                        Ok(()) => Pte::host(access),
+                        Err(Errno::NOMEM) => return Err(FaultError::NoVma { addr }),
+                        Err(Errno::FAULT | Errno::ACCESS) => return Err(FaultError::Denied { addr }),
+                        Err(Errno::INTR | Errno::AGAIN) => continue,
+                        Err(errno) => return Err(FaultError::Kernel { addr, errno }),
+                    }
+                }
+            };
+            if let Ok(_update) = self.notifiers.commit(entry.subscription(), seq) {
+                return entry.table().set(addr, pte).map(|()| pte).map_err(|_| FaultError::TableFull { addr });
+            }
+        }
+    }
+
+    /// The VMA of `addr`, if it allows `access`.
+    fn check_access(&self, addr: VirtAddr, access: Access) -> Result<Vma, FaultError> {
+        let vma = self
+            .os
+            .vma(addr)
+            .map_err(|errno| FaultError::Kernel { addr, errno })?
+            .filter(|v| v.range.contains(addr))
+            .ok_or(FaultError::NoVma { addr })?;
+        if !vma.prot.contains(Prot::READ) || !vma.prot.contains(needed(access)) {
+            return Err(FaultError::Denied { addr });
+        }
+        Ok(vma)
+    }
+
+    /// Reports each page of `range`; with `access`, faults in first what is not there.
+    pub(crate) fn range_fault(
+        &'static self,
+        ctx: &mut Ctx,
+        device: DeviceId,
+        range: PageRange,
+        access: Option<Access>,
+        report: &mut dyn FnMut(usize, PageReport),
+    ) -> Result<(), FaultError> {
+        let entry = self.devices.get(device).ok_or(FaultError::NoDevice)?;
+        if let Some(access) = access {
+            for part in range.iter_blocks() {
+                self.fault_in(ctx, device, part, access)?;
+            }
+        }
+        let mut n = 0;
+        for part in range.iter_blocks() {
+            self.report_block(entry, part, access, &mut |page_report| {
+                report(n, page_report);
+                n += 1;
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Makes every page of a range of one block valid for `access`.
+    fn fault_in(
+        &'static self,
+        ctx: &mut Ctx,
+        device: DeviceId,
+        range: PageRange,
+        access: Access,
+    ) -> Result<(), FaultError> {
+        let mut at = range.start();
+        while let Ok(rest) = PageRange::from_ends(at, range.end()) {
+            let vma = self.check_access(at, access)?;
+            let piece = vma.range.intersection(rest).expect("the VMA holds the address");
+            if let Some(block) = self.blocks.find(at) {
+                // What is on other devices, or shared with a child, comes home; what is on this one stays.
+                let mut foreign = PageSet::EMPTY;
+                for i in PageSet::of(piece).iter() {
+                    match block.word(i).place() {
+                        Place::Device { device: d, .. } if d == device => {}
+                        Place::Cpu => {}
+                        Place::Poisoned { device } => return Err(FaultError::Poisoned { addr: block.page(i), device }),
+                        Place::Device { .. } | Place::Staged { .. } => foreign.insert(i),
+                    }
+                }
+                self.block_home(ctx, block, &foreign, Why::DeviceFault, &mut |_, _| {});
+                let here: PageSet = PageSet::of(piece).iter().filter(|&i| block.word(i).is_cpu()).collect();
+                for run in here.runs() {
+                    self.populate(block.run(run), access)?;
+                }
+            } else {
+                self.populate(piece, access)?;
+            }
+            at = piece.end();
+        }
+        Ok(())
+    }
+
+    fn populate(&self, range: PageRange, access: Access) -> Result<(), FaultError> {
+        let addr = range.start();
+        let populated = match access {
+            Access::Read => self.os.populate_read(range),
+            Access::Write | Access::Atomic => self.os.populate_write(range),
+        };
+        populated.map_err(|errno| match errno {
+            Errno::NOMEM => FaultError::NoVma { addr },
+            Errno::FAULT | Errno::ACCESS => FaultError::Denied { addr },
+            errno => FaultError::Kernel { addr, errno },
+        })
+    }
+
+    /// Reports the pages of a range of one block as they are.
+    fn report_block(
+        &self,
+        entry: &Entry,
+        range: PageRange,
+        asked: Option<Access>,
+        report: &mut dyn FnMut(PageReport),
+    ) -> Result<(), FaultError> {
+        let mut at = range.start();
+        while let Ok(rest) = PageRange::from_ends(at, range.end()) {
+            let vma = self.os.vma(at).map_err(|errno| FaultError::Kernel { addr: at, errno })?;
+            let Some((vma, piece)) = vma.and_then(|v| v.range.intersection(rest).map(|piece| (v, piece))) else {
+                rest.iter_pages().for_each(|_| report(PageReport::IMPOSSIBLE));
+                break;
+            };
+            if let Ok(gap) = PageRange::from_ends(at, piece.start()) {
+                gap.iter_pages().for_each(|_| report(PageReport::IMPOSSIBLE));
+            }
+            let mut pages = [Page::empty(); BLOCK_PAGES];
+            let pages = &mut pages[..piece.pages()];
+            self.os.scan(piece, pages).map_err(|errno| FaultError::Kernel { addr: piece.start(), errno })?;
+            let block = self.blocks.find(piece.start());
+            for (page, flags) in piece.iter_pages().zip(pages.iter()) {
+                let place = block.map_or(Place::Cpu, |b| b.word(page.page_in_block()).place());
+                report(self.page_report(entry, &vma, place, *flags, asked));
+            }
+            at = piece.end();
+        }
+        Ok(())
+    }
+
+    fn page_report(&self, entry: &Entry, vma: &Vma, place: Place, flags: Page, asked: Option<Access>) -> PageReport {
+        if !vma.prot.contains(Prot::READ) {
+            return PageReport::IMPOSSIBLE;
+        }
+        let writable = vma.prot.contains(Prot::WRITE);
+        match place {
+            Place::Device { device, pfn } if device == entry.id() => {
+                let write = if writable && !entry.is_shared(pfn) { WRITE } else { 0 };
+                PageReport(VALID | LOCAL | write | u64::from(pfn.get()) << PFN_SHIFT)
+            }
+            Place::Device { .. } | Place::Staged { .. } => PageReport::NONE,
+            Place::Poisoned { .. } => PageReport::IMPOSSIBLE,
+            Place::Cpu if !flags.contains(Page::PRESENT) => PageReport::NONE,
+            Place::Cpu => {
+                let zero = if flags.contains(Page::ZERO) { ZERO } else { 0 };
+                let huge =
+                    if flags.contains(Page::HUGE) || vma.page_size > uhmm_sys::addr::PAGE_SIZE { HUGE } else { 0 };
+                // Whether one page's entry is writable does not show from here; after a write fault it is. When in
+                // doubt: not, and the device asks for a write fault.
+                let write = if asked.is_some_and(|a| a > Access::Read) && writable { WRITE } else { 0 };
+                PageReport(VALID | zero | huge | write)
+            }
+        }
+    }
+
+    /// Takes pages for a device's exclusive access: out of the program, into staging. Reports an outcome per page.
+    pub(crate) fn exclusive(
+        &'static self,
+        ctx: &mut Ctx,
+        device: DeviceId,
+        range: PageRange,
+        report: &mut dyn FnMut(usize, PageOutcome),
+    ) {
+        let mut n = 0;
+        for part in range.iter_blocks() {
+            let mut outcomes = Outcomes::new();
+            self.exclusive_in_block(ctx, device, part, &mut outcomes);
+            for i in PageSet::of(part).iter() {
+                report(n, outcomes.0[i]);
+                n += 1;
+            }
+        }
+    }
+
+    fn exclusive_in_block(&'static self, ctx: &mut Ctx, device: DeviceId, range: PageRange, outcomes: &mut Outcomes) {
+        // The kernel takes only pages that are there and writable, and faults them in so.
+        if self.fault_in_for_exclusive(ctx, range).is_err() {
+            return PageSet::of(range).iter().for_each(|i| outcomes.0[i] = PageOutcome::NoAccess);
+        }
+        let plan = Plan {
+            to: None,
+            why: Why::Exclusive,
+            holes: Holes::Skip,
+            other_devices: OtherDevices::Leave,
+            residency: ResidencyRule::Ignore,
+            owner: Some(device),
+        };
+        self.migrate_out(ctx, range, &plan, outcomes);
+        let Some(block) = self.blocks.find(range.start()) else { return };
+        let mut transit = Transit::new(block, self);
+        let candidates =
+            outcomes.pages(PageOutcome::Moved).or(&outcomes.pages(PageOutcome::Already)).and(&PageSet::of(range));
+        for i in candidates.iter() {
+            outcomes.0[i] = match transit.try_hold(i) {
+                Ok(Place::Staged { slot, exclusive: None }) => {
+                    transit.put(i, Place::Staged { slot, exclusive: Some(device) });
+                    PageOutcome::Moved
+                }
+                Ok(Place::Staged { exclusive: Some(d), .. }) if d == device => {
+                    transit.put_back(i);
+                    PageOutcome::Already
+                }
+                // Touched again already: the caller asks again, or does without.
+                Ok(_) => {
+                    transit.put_back(i);
+                    PageOutcome::Busy
+                }
+                Err(_) => PageOutcome::Busy,
+            };
+        }
+    }
+
+    fn fault_in_for_exclusive(&'static self, ctx: &mut Ctx, range: PageRange) -> Result<(), FaultError> {
+        let mut at = range.start();
+        while let Ok(rest) = PageRange::from_ends(at, range.end()) {
+            let vma = self.check_access(at, Access::Write)?;
+            let piece = vma.range.intersection(rest).expect("the VMA holds the address");
+            if let Some(block) = self.blocks.find(at) {
+                // Another device's, exclusive or not, comes home, which tells that device.
+                self.block_home(ctx, block, &PageSet::of(piece), Why::Exclusive, &mut |_, _| {});
+            }
+            self.populate(piece, Access::Write)?;
+            at = piece.end();
+        }
+        Ok(())
+    }
+
+    /// Installs translations for pages of `range` that are on the device: after a migration, so that its first access
+    /// need not fault. Gives up quietly where anything changes meanwhile; the access then faults.
+    pub(crate) fn map_local(&'static self, entry: &'static Entry, range: PageRange) {
+        for part in range.iter_blocks() {
+            let Some(block) = self.blocks.find(part.start()) else { continue };
+            let Ok(seq) = self.notifiers.read_begin(entry.subscription()) else { return };
+            let Ok(Some(vma)) = self.os.vma(part.start()) else { continue };
+            let Some(part) = vma.range.intersection(part) else { continue };
+            let writable = vma.prot.contains(Prot::WRITE);
+            if !vma.prot.contains(Prot::READ) {
+                continue;
+            }
+            let local: PageSet = PageSet::of(part)
+                .iter()
+                .filter(|&i| matches!(block.word(i).place(), Place::Device { device, .. } if device == entry.id()))
+                .collect();
+            if span(&local).is_none() {
+                continue;
+            }
+            let Ok(_update) = self.notifiers.commit(entry.subscription(), seq) else { continue };
+            for i in local.iter() {
+                let word = block.word(i);
+                if let Place::Device { device, pfn } = word.place()
+                    && device == entry.id()
+                    && !word.locked()
+                {
+                    let access = if writable && !entry.is_shared(pfn) { Access::Write } else { Access::Read };
+                    let _ = entry.table().set(block.page(i), Pte::frame(pfn, access));
+                }
+            }
+        }
+    }
+
+    /// The bytes of a page that `device` holds exclusively.
+    pub(crate) fn exclusive_bytes(&self, device: DeviceId, addr: VirtAddr) -> Option<uhmm_sys::mem::HostBytes> {
+        match self.blocks.find(addr)?.word(addr.page_in_block()).place() {
+            Place::Staged { slot, exclusive: Some(d) } if d == device => Some(self.staging.bytes(slot, 1)),
+            _ => None,
+        }
+    }
+
+    /// Tells mirrors and notifiers about `range`, from an engine thread.
+    pub(crate) fn invalidate_now(&self, range: PageRange, cause: Cause) {
+        drop(self.invalidate(&Invalidation { range, cause, owner: None }));
+    }
+}

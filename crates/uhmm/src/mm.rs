@@ -1,0 +1,671 @@
+//! The address space, as programs and drivers use it.
+//!
+//! There is one [`Mm`] per process: created at first use, right across `fork`, and gone after the last user closes it.
+//! The handles are cheap to clone; the last one to go brings all pages home and unregisters all memory.
+//!
+//! # Kernel
+//! `struct mm_struct` with what `mm/hmm.c` hung on it (`hmm_mm_init()`, `hmm_mm_destroy()`).
+
+use std::sync::{
+    Mutex,
+    atomic::{
+        AtomicU32,
+        Ordering::{Acquire, Release},
+    },
+};
+
+use thiserror::Error;
+use uhmm_sys::{
+    Errno,
+    addr::{PageRange, RangeError, VirtAddr},
+    arena, futex,
+    mem::HostBytes,
+    thread,
+    uffd::OpenError,
+};
+
+use crate::{
+    block::Place,
+    device::{DevPfn, Device, DeviceId},
+    device_table::{Access, DeviceTable, Pte},
+    devices::Entry,
+    engine::{Config, Core, job_pieces},
+    job::{DeviceRef, Reply, Request},
+    linux::LinuxMm,
+    migrate::{Holes, OtherDevices, PageOutcome, Plan, ResidencyRule},
+    mirror::{DeviceFaultPolicy, FaultError, PageReport},
+    trace::{STATS_WORDS, Stats, Why},
+};
+
+/// How engine threads are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Threads {
+    /// Ordinary threads with private stacks: for programs that link the engine, whose devices may use all of libc.
+    Ordinary,
+    /// Threads that libc does not know, with a file table of their own: for the preload library, whose program must
+    /// not be able to tell, nor close the engine's descriptors. Devices must get by with plain system calls.
+    Hidden,
+}
+
+/// How to set an address space up.
+#[derive(Debug, Clone, Copy)]
+pub struct Setup {
+    /// How much is set aside.
+    pub config: Config,
+    /// How engine threads are made.
+    pub threads: Threads,
+    /// Where figures are kept; `None` for private memory.
+    pub stats: Option<Stats>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { config: Config::default(), threads: Threads::Ordinary, stats: None }
+    }
+}
+
+/// Why an address space could not be set up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// No userfaultfd.
+    #[error("{0}")]
+    Userfaultfd(#[from] OpenError),
+    /// The process's page map or memory map cannot be read.
+    #[error("/proc/self/pagemap or /proc/self/maps: {0}; is /proc mounted?")]
+    Proc(Errno),
+    /// The engine's own memory could not be had.
+    #[error("the engine's memory cannot be set up: {0}; is the address space limited (ulimit -v)?")]
+    Memory(Errno),
+    /// A thread could not be started.
+    #[error("an engine thread cannot be started: {0}")]
+    Thread(Errno),
+}
+
+/// Why a device could not be registered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum RegisterError {
+    /// There are as many as there can be.
+    #[error("there are {max} devices already", max = DeviceId::MAX)]
+    TooMany,
+    /// The engine's own memory could not be had.
+    #[error("the engine has no memory for the device: {0}")]
+    Memory(Errno),
+}
+
+/// Why a request was not even tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum RequestError {
+    /// The range is no range.
+    #[error(transparent)]
+    Range(#[from] RangeError),
+    /// The device is not registered any more.
+    #[error("the device is gone")]
+    NoDevice,
+}
+
+/// Pages did not come home; they are where they were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("{pages} pages could not come home")]
+pub struct Left {
+    /// How many.
+    pub pages: usize,
+}
+
+/// The engine of this process, if it runs.
+struct Current {
+    core: Option<&'static Core<LinuxMm>>,
+    threads: Threads,
+    users: usize,
+}
+
+static CURRENT: Mutex<Current> = Mutex::new(Current { core: None, threads: Threads::Ordinary, users: 0 });
+
+/// What the thread that starts the engine tells its starter.
+static STARTING: Mutex<Option<Result<&'static Core<LinuxMm>, StartError>>> = Mutex::new(None);
+static STARTING_SETUP: Mutex<Option<Setup>> = Mutex::new(None);
+static STARTED: AtomicU32 = AtomicU32::new(0);
+
+/// A handle on the address space.
+#[derive(Debug)]
+pub struct Mm {
+    core: &'static Core<LinuxMm>,
+}
+
+/// Where a page is, since when, and why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Residency {
+    /// Where.
+    pub at: Location,
+    /// For how long, in milliseconds; `None` for a page that never moved.
+    pub for_ms: Option<u64>,
+    /// Why.
+    pub why: Why,
+}
+
+/// Where a page is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Location {
+    /// Where the kernel says: in RAM, swapped, or not yet anywhere.
+    Cpu,
+    /// Set aside in RAM, out of the program's page table.
+    Staged,
+    /// As [`Location::Staged`], for a device's exclusive access.
+    Exclusive(DeviceId),
+    /// In a frame of a device.
+    Device(DeviceId, DevPfn),
+    /// Lost with a device.
+    Poisoned(DeviceId),
+}
+
+/// One outcome per page of a range.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    range: PageRange,
+    outcomes: Vec<PageOutcome>,
+}
+
+impl Report {
+    /// The range asked for.
+    #[must_use]
+    pub const fn range(&self) -> PageRange {
+        self.range
+    }
+
+    /// The outcome for each page, ascending.
+    #[must_use]
+    pub fn outcomes(&self) -> &[PageOutcome] {
+        &self.outcomes
+    }
+
+    /// How many pages had that outcome.
+    #[must_use]
+    pub fn count(&self, outcome: PageOutcome) -> usize {
+        self.outcomes.iter().filter(|&&o| o == outcome).count()
+    }
+
+    /// Whether every page is where it should be.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.outcomes.iter().all(|o| matches!(o, PageOutcome::Moved | PageOutcome::Already))
+    }
+
+    /// How many pages had each outcome that occurred.
+    pub fn summary(&self) -> impl Iterator<Item = (PageOutcome, usize)> {
+        PageOutcome::ALL.iter().map(|&o| (o, self.count(o))).filter(|&(_, n)| n != 0)
+    }
+}
+
+/// How to migrate.
+#[derive(Debug, Clone, Copy)]
+pub struct MigrateOptions {
+    /// Pages never touched become zero frames of the device (the kernel's way) instead of staying holes.
+    pub holes: bool,
+    /// Pages on other devices are fetched from there instead of being left.
+    pub from_other_devices: bool,
+    /// Where one page cannot move, those that did come home again.
+    pub all_or_nothing: bool,
+    /// Pages that came home a short while ago stay (see [`crate::policy`]).
+    pub obey_residency: bool,
+}
+
+impl Default for MigrateOptions {
+    fn default() -> Self {
+        Self { holes: true, from_other_devices: true, all_or_nothing: false, obey_residency: false }
+    }
+}
+
+impl Mm {
+    /// The address space of this process; set up if it is not.
+    ///
+    /// # Errors
+    /// [`StartError`]; nothing is left behind.
+    pub fn open() -> Result<Self, StartError> {
+        Self::open_with(Setup::default())
+    }
+
+    /// As [`Mm::open`]; `setup` counts if the address space is not set up yet.
+    ///
+    /// # Errors
+    /// As [`Mm::open`].
+    pub fn open_with(setup: Setup) -> Result<Self, StartError> {
+        let mut current = lock(&CURRENT);
+        let core = match current.core {
+            Some(core) => core,
+            None => {
+                let core = start(setup)?;
+                current.core = Some(core);
+                current.threads = setup.threads;
+                core
+            }
+        };
+        current.users += 1;
+        Ok(Self { core })
+    }
+
+    /// Registers a device. It is moved to where its methods may use it at any time, and never dropped.
+    ///
+    /// # Errors
+    /// [`RegisterError`].
+    pub fn register<D: Device>(&self, device: D) -> Result<Mirror<D>, RegisterError> {
+        let device: &'static D = arena::value(device).map_err(RegisterError::Memory)?;
+        match self.core.call(Request::Register { device: DeviceRef(device) }, |_, reply| reply) {
+            Reply::Registered(id) => Ok(Mirror { mm: self.clone(), id, device }),
+            Reply::TooManyDevices => Err(RegisterError::TooMany),
+            Reply::Failed(errno) => Err(RegisterError::Memory(errno)),
+            reply => unreachable!("{reply:?} is no answer to a registration"),
+        }
+    }
+
+    /// Brings every page of the range home, from staging and from all devices. The report has an outcome other than
+    /// [`PageOutcome::Already`] for pages that were away.
+    ///
+    /// # Kernel
+    /// `migrate_vma` with `MIGRATE_VMA_SELECT_DEVICE_PRIVATE`.
+    #[must_use]
+    pub fn home(&self, range: PageRange) -> Report {
+        let request = |range| Request::Home { range, why: Why::Asked };
+        let mut report = run_pieces(self.core, range, request);
+        for outcome in &mut report.outcomes {
+            if *outcome == PageOutcome::Untried {
+                *outcome = PageOutcome::Already;
+            }
+        }
+        report
+    }
+
+    /// Where the page of `addr` is, since when and why.
+    #[must_use]
+    pub fn residency(&self, addr: VirtAddr) -> Residency {
+        let Some(block) = self.core.blocks.find(addr) else {
+            return Residency { at: Location::Cpu, for_ms: None, why: Why::Untouched };
+        };
+        let i = addr.page_in_block();
+        let at = match block.word(i).place() {
+            Place::Cpu => Location::Cpu,
+            Place::Staged { exclusive: None, .. } => Location::Staged,
+            Place::Staged { exclusive: Some(device), .. } => Location::Exclusive(device),
+            Place::Device { device, pfn } => Location::Device(device, pfn),
+            Place::Poisoned { device } => Location::Poisoned(device),
+        };
+        let (since, why) = block.history(i);
+        let for_ms = (why != Why::Untouched).then(|| self.core.ticks_to_ms(self.core.ticks().wrapping_sub(since)));
+        Residency { at, for_ms, why }
+    }
+
+    /// Pages that are away, in the whole address space.
+    #[must_use]
+    pub fn pages_away(&self) -> usize {
+        self.core.count_away(crate::ops::whole_space())
+    }
+
+    /// Gives up every translation of the range, because the caller is about to change its mapping in a way that raises
+    /// no event (`mprotect`, or any change of memory of which nothing has ever moved).
+    pub fn invalidate(&self, range: PageRange, cause: crate::device::Cause) {
+        self.core.call(Request::Invalidate { range, cause }, |_, _| ());
+    }
+
+    /// The figures.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.core.stats
+    }
+
+    /// Whether faults of system calls are served (see `uhmm doctor`).
+    #[must_use]
+    pub fn serves_kernel_faults(&self) -> bool {
+        use crate::os::Os as _;
+        self.core.os.serves_kernel_faults()
+    }
+
+    pub(crate) const fn core(&self) -> &'static Core<LinuxMm> {
+        self.core
+    }
+
+    /// Ends the use of this handle. The last one brings everything home first.
+    ///
+    /// # Errors
+    /// [`Left`] where pages could not come home; the engine keeps serving them.
+    pub fn close(self) -> Result<(), Left> {
+        let left = self.release();
+        std::mem::forget(self);
+        left
+    }
+
+    fn release(&self) -> Result<(), Left> {
+        let mut current = lock(&CURRENT);
+        current.users -= 1;
+        if current.users != 0 {
+            return Ok(());
+        }
+        match self.core.call(Request::Close, |_, reply| reply) {
+            Reply::Left(0) => Ok(()),
+            Reply::Left(pages) => Err(Left { pages }),
+            reply => unreachable!("{reply:?} is no answer to closing"),
+        }
+    }
+}
+
+impl Clone for Mm {
+    fn clone(&self) -> Self {
+        lock(&CURRENT).users += 1;
+        Self { core: self.core }
+    }
+}
+
+impl Drop for Mm {
+    fn drop(&mut self) {
+        // Whoever wants to know what did not come home calls `close`.
+        let _ = self.release();
+    }
+}
+
+/// A device's registration on the address space.
+#[derive(Debug)]
+pub struct Mirror<D: Device> {
+    mm: Mm,
+    id: DeviceId,
+    device: &'static D,
+}
+
+impl<D: Device> Mirror<D> {
+    /// The device's number.
+    #[must_use]
+    pub const fn id(&self) -> DeviceId {
+        self.id
+    }
+
+    /// The device.
+    #[must_use]
+    pub const fn device(&self) -> &'static D {
+        self.device
+    }
+
+    /// The address space.
+    #[must_use]
+    pub const fn mm(&self) -> &Mm {
+        &self.mm
+    }
+
+    /// A handle for device threads, which may outlive the mirror: it answers [`FaultError::NoDevice`] then.
+    #[must_use]
+    pub fn port(&self) -> Option<Port> {
+        Some(Port { core: self.mm.core, id: self.id, table: self.entry()?.table() })
+    }
+
+    fn entry(&self) -> Option<&'static Entry> {
+        self.mm.core.devices.get(self.id)
+    }
+
+    /// Moves the range's pages to the device's memory.
+    ///
+    /// Every page ends moved or skipped with a reason; nothing is lost whatever happens.
+    ///
+    /// # Kernel
+    /// `migrate_vma_setup()`, `migrate_vma_pages()`, `migrate_vma_finalize()`; several VMAs in one call.
+    #[must_use]
+    pub fn migrate(&self, range: PageRange, options: &MigrateOptions) -> Report {
+        let plan = Plan {
+            to: Some(self.id),
+            why: Why::Asked,
+            holes: if options.holes { Holes::Zero } else { Holes::Skip },
+            other_devices: if options.from_other_devices { OtherDevices::Fetch } else { OtherDevices::Leave },
+            residency: if options.obey_residency { ResidencyRule::Obey } else { ResidencyRule::Ignore },
+            owner: Some(self.id),
+        };
+        let mut report = run_pieces(self.mm.core, range, |range| Request::Migrate { range, plan });
+        if options.all_or_nothing && !report.is_complete() {
+            let moved = report.outcomes.clone();
+            let _ = self.mm.home(range);
+            for (outcome, moved) in report.outcomes.iter_mut().zip(moved) {
+                if moved == PageOutcome::Moved {
+                    *outcome = PageOutcome::RolledBack;
+                }
+            }
+        }
+        report
+    }
+
+    /// Reports each page of the range as it is; faults nothing in.
+    ///
+    /// # Errors
+    /// [`FaultError::Kernel`], [`FaultError::NoDevice`].
+    ///
+    /// # Kernel
+    /// `hmm_range_fault()` without `HMM_PFN_REQ_FAULT`.
+    pub fn snapshot(&self, range: PageRange) -> Result<Vec<PageReport>, FaultError> {
+        self.reports(range, None)
+    }
+
+    /// Makes each page of the range valid for `access` and reports it. Pages on this device stay there.
+    ///
+    /// The reports are true of a moment: a device installs translations by [`Port::fault`], which checks that nothing
+    /// changed meanwhile.
+    ///
+    /// # Errors
+    /// [`FaultError`] for the first page that cannot be had.
+    ///
+    /// # Kernel
+    /// `hmm_range_fault()` with `HMM_PFN_REQ_FAULT` and `HMM_PFN_REQ_WRITE`.
+    pub fn range_fault(&self, range: PageRange, access: Access) -> Result<Vec<PageReport>, FaultError> {
+        self.reports(range, Some(access))
+    }
+
+    fn reports(&self, range: PageRange, access: Option<Access>) -> Result<Vec<PageReport>, FaultError> {
+        let mut reports = Vec::with_capacity(range.pages());
+        for piece in job_pieces(range) {
+            let request = Request::RangeFault { device: self.id, range: piece, access };
+            self.mm.core.call(request, |job, reply| match reply {
+                Reply::Fault(error) => Err(error),
+                _ => {
+                    reports.extend((0..piece.pages()).map(|n| PageReport::from_bits(job.result(n))));
+                    Ok(())
+                }
+            })?;
+        }
+        Ok(reports)
+    }
+
+    /// Takes the range's pages for this device's exclusive access: any CPU touch takes them back, after telling the
+    /// device.
+    ///
+    /// # Kernel
+    /// `make_device_exclusive()`.
+    #[must_use]
+    pub fn exclusive(&self, range: PageRange) -> Report {
+        run_pieces(self.mm.core, range, |range| Request::Exclusive { device: self.id, range })
+    }
+
+    /// Brings at least `frames` frames' pages home, to make room. Returns how many are missing from that.
+    #[must_use]
+    pub fn evict(&self, frames: u32) -> usize {
+        match self.mm.core.call(Request::Evict { device: self.id, frames }, |_, reply| reply) {
+            Reply::Left(missing) => missing,
+            reply => unreachable!("{reply:?} is no answer to an eviction"),
+        }
+    }
+
+    /// Frames in use.
+    #[must_use]
+    pub fn frames_used(&self) -> u32 {
+        self.entry().and_then(Entry::pgmap).map_or(0, crate::pgmap::Pgmap::live)
+    }
+
+    /// Evicts all pages and takes the device out.
+    ///
+    /// # Errors
+    /// [`Left`] where pages could not come home: they are served still, and the device takes no more.
+    pub fn close(self) -> Result<(), Left> {
+        match self.mm.core.call(Request::Remove { device: self.id }, |_, reply| reply) {
+            Reply::Left(0) => Ok(()),
+            Reply::Left(pages) => Err(Left { pages }),
+            reply => unreachable!("{reply:?} is no answer to a removal"),
+        }
+    }
+}
+
+/// What a device's own threads hold: its page table, and a way to fault.
+#[derive(Debug, Clone, Copy)]
+pub struct Port {
+    core: &'static Core<LinuxMm>,
+    id: DeviceId,
+    table: &'static DeviceTable,
+}
+
+impl Port {
+    /// The device's page table.
+    #[must_use]
+    pub const fn table(&self) -> &'static DeviceTable {
+        self.table
+    }
+
+    /// Serves a miss at `addr`: afterwards the table has a translation, until it is invalidated.
+    ///
+    /// # Errors
+    /// [`FaultError`].
+    ///
+    /// # Locking
+    /// May wait for pages in transit, for a second at most. The caller must not be between
+    /// [`Device::close_gate`] and [`Device::open_gate`], nor hold what [`Device::flush`] waits for.
+    pub fn fault(&self, addr: VirtAddr, access: Access, policy: DeviceFaultPolicy) -> Result<Pte, FaultError> {
+        let request = Request::DeviceFault { device: self.id, addr, access, policy };
+        match self.core.call(request, |_, reply| reply) {
+            Reply::Pte(pte) => Ok(pte),
+            Reply::Fault(error) => Err(error),
+            reply => unreachable!("{reply:?} is no answer to a fault"),
+        }
+    }
+
+    /// The bytes of a page that the device holds exclusively. Valid while the translation is.
+    #[must_use]
+    pub fn exclusive_bytes(&self, addr: VirtAddr) -> Option<HostBytes> {
+        self.core.exclusive_bytes(self.id, addr)
+    }
+}
+
+/// Runs one request per piece of `range` and collects the outcomes.
+fn run_pieces(core: &Core<LinuxMm>, range: PageRange, request: impl Fn(PageRange) -> Request) -> Report {
+    let mut outcomes = Vec::with_capacity(range.pages());
+    for piece in job_pieces(range) {
+        core.call(request(piece), |job, _| {
+            outcomes.extend((0..piece.pages()).map(|n| PageOutcome::from_bits(job.result(n))));
+        });
+    }
+    Report { range, outcomes }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// What an engine thread is to be.
+#[derive(Clone, Copy)]
+enum Role {
+    Starter,
+    Handler,
+    Mover,
+}
+
+impl Role {
+    const fn arg(self) -> usize {
+        self as usize
+    }
+
+    fn from_arg(arg: usize) -> Self {
+        match arg {
+            0 => Self::Starter,
+            1 => Self::Handler,
+            _ => Self::Mover,
+        }
+    }
+}
+
+/// Starts the engine's threads; the first of them opens what the others use.
+fn start(setup: Setup) -> Result<&'static Core<LinuxMm>, StartError> {
+    arena::init(ARENA_BYTES).map_err(StartError::Memory)?;
+    *lock(&STARTING_SETUP) = Some(setup);
+    *lock(&STARTING) = None;
+    STARTED.store(0, Release);
+    spawn(setup.threads, Role::Starter, None)?;
+    while STARTED.load(Acquire) == 0 {
+        let _ = futex::wait(&STARTED, 0, None);
+    }
+    lock(&STARTING).take().expect("the starter left a result")
+}
+
+/// Address space for the engine. Only what is used is ever memory.
+const ARENA_BYTES: u64 = 4 << 30;
+
+fn spawn(threads: Threads, role: Role, cpu: Option<usize>) -> Result<(), StartError> {
+    let (kind, name) = match (threads, role) {
+        (Threads::Ordinary, Role::Handler) => (thread::Kind::Pthread, "uhmm-fault"),
+        (Threads::Ordinary, _) => (thread::Kind::Pthread, "uhmm-move"),
+        (Threads::Hidden, Role::Handler) => (thread::Kind::Raw, "uhmm-fault"),
+        (Threads::Hidden, _) => (thread::Kind::Raw, "uhmm-move"),
+    };
+    thread::spawn(kind, name, cpu, thread_main, role.arg()).map(drop).map_err(StartError::Thread)
+}
+
+fn thread_main(arg: usize) {
+    match Role::from_arg(arg) {
+        Role::Starter => starter_main(),
+        Role::Handler => running_core().run_handler(),
+        Role::Mover => running_core().run_mover(),
+    }
+}
+
+/// The engine, from one of its threads.
+fn running_core() -> &'static Core<LinuxMm> {
+    RUNNING.lock().unwrap_or_else(std::sync::PoisonError::into_inner).expect("threads start after the engine is there")
+}
+
+static RUNNING: Mutex<Option<&'static Core<LinuxMm>>> = Mutex::new(None);
+
+fn starter_main() {
+    let setup = lock(&STARTING_SETUP).take().expect("the starter is given a setup");
+    let result = set_up(&setup);
+    let core = result.as_ref().ok().copied();
+    *lock(&STARTING) = Some(result);
+    STARTED.store(1, Release);
+    let _ = futex::wake(&STARTED, 1);
+    if let Some(core) = core {
+        core.run_mover();
+    }
+}
+
+fn set_up(setup: &Setup) -> Result<&'static Core<LinuxMm>, StartError> {
+    if setup.threads == Threads::Hidden {
+        thread::unshare_files().map_err(StartError::Thread)?;
+    }
+    let os = LinuxMm::open()?;
+    let stats = match setup.stats {
+        Some(stats) => stats,
+        None => Stats::new(arena::slice(STATS_WORDS).map_err(StartError::Memory)?),
+    };
+    let core = Core::new(os, &setup.config, stats).map_err(StartError::Memory)?;
+    let core: &'static Core<LinuxMm> = arena::value(core).map_err(StartError::Memory)?;
+    *lock(&RUNNING) = Some(core);
+    for cpu in thread::allowed_cpus().iter() {
+        spawn(setup.threads, Role::Handler, Some(cpu))?;
+    }
+    for _ in 1..setup.config.movers {
+        spawn(setup.threads, Role::Mover, None)?;
+    }
+    Ok(core)
+}
+
+/// For `fork`: see [`crate::fork`].
+pub(crate) fn current_core() -> Option<&'static Core<LinuxMm>> {
+    lock(&CURRENT).core
+}
+
+/// In a forked child: the parent's engine is none of ours.
+pub(crate) fn forget() {
+    let mut current = lock(&CURRENT);
+    current.core = None;
+    current.users = 0;
+    *lock(&RUNNING) = None;
+}

@@ -1,0 +1,275 @@
+//! What engine threads do on request: whole ranges, block by block.
+
+use std::ops::ControlFlow;
+
+use uhmm_sys::{
+    addr::{BLOCK_PAGES, PageRange, TASK_SIZE, VirtAddr},
+    maps::Prot,
+};
+
+use crate::{
+    block::{Block, Place},
+    device::{Cause, DeviceId, Invalidation},
+    devices::AddError,
+    engine::Core,
+    job::{DeviceRef, Job, Reply, Request},
+    migrate::{Outcomes, PageOutcome},
+    os::Os,
+    page_set::PageSet,
+    thread::Ctx,
+    trace::Why,
+};
+
+/// How often the pages of a block are asked home again while they are in transit elsewhere.
+const HOME_ATTEMPTS: u32 = 20_000;
+
+impl<O: Os> Core<O> {
+    pub(crate) fn execute(&'static self, ctx: &mut Ctx, job: &Job, request: Request) -> Reply {
+        match request {
+            Request::Migrate { range, plan } => {
+                self.refresh_excluded(ctx);
+                let mut n = 0;
+                for part in range.iter_blocks() {
+                    let mut outcomes = Outcomes::new();
+                    self.migrate_out(ctx, part, &plan, &mut outcomes);
+                    for i in PageSet::of(part).iter() {
+                        job.set_result(n, outcomes.0[i] as u64);
+                        n += 1;
+                    }
+                }
+                Reply::Done
+            }
+            Request::Home { range, why } => {
+                self.range_home(ctx, range, why, &mut |page, outcome| {
+                    let n = page.offset_from(range.start()).expect("a page of the range") >> uhmm_sys::addr::PAGE_SHIFT;
+                    job.set_result(usize::try_from(n).expect("64-bit"), outcome as u64);
+                });
+                Reply::Done
+            }
+            Request::Register { device } => self.register_device(device),
+            Request::Remove { device } => Reply::Left(self.remove_device(ctx, device)),
+            Request::Evict { device, frames } => Reply::Left(self.evict(ctx, device, frames, Why::Evicted)),
+            Request::DeviceFault { device, addr, access, policy } => {
+                match self.device_fault(ctx, device, addr, access, policy) {
+                    Ok(pte) => Reply::Pte(pte),
+                    Err(error) => Reply::Fault(error),
+                }
+            }
+            Request::RangeFault { device, range, access } => {
+                match self.range_fault(ctx, device, range, access, &mut |n, report| job.set_result(n, report.bits())) {
+                    Ok(()) => Reply::Done,
+                    Err(error) => Reply::Fault(error),
+                }
+            }
+            Request::Exclusive { device, range } => {
+                self.refresh_excluded(ctx);
+                self.exclusive(ctx, device, range, &mut |n, outcome| job.set_result(n, outcome as u64));
+                Reply::Done
+            }
+            Request::Invalidate { range, cause } => {
+                drop(self.invalidate(&Invalidation { range, cause, owner: None }));
+                Reply::Done
+            }
+            Request::ForkPrepare => {
+                self.freeze();
+                let whole = whole_space();
+                self.range_home(ctx, whole, Why::Fork, &mut |_, _| {});
+                Reply::Left(self.count_away(whole))
+            }
+            Request::ForkDone => {
+                self.thaw();
+                Reply::Done
+            }
+            Request::Close => Reply::Left(self.close(ctx)),
+        }
+    }
+
+    /// Brings everything of `range` home that is away, and tells what became of each such page.
+    pub(crate) fn range_home(
+        &'static self,
+        ctx: &mut Ctx,
+        range: PageRange,
+        why: Why,
+        report: &mut dyn FnMut(VirtAddr, PageOutcome),
+    ) {
+        self.blocks.for_each(range, |block| {
+            if block.away() != 0
+                && let Some(part) = PageRange::block_of(block.base()).intersection(range)
+            {
+                self.block_home(ctx, block, &PageSet::of(part), why, report);
+            }
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// Brings the pages of `want` home that are away, as long as it takes.
+    pub(crate) fn block_home(
+        &'static self,
+        ctx: &mut Ctx,
+        block: Block,
+        want: &PageSet,
+        why: Why,
+        report: &mut dyn FnMut(VirtAddr, PageOutcome),
+    ) {
+        let mut rest = self.away(block).and(want);
+        let mut forced = false;
+        for attempt in 0..HOME_ATTEMPTS {
+            if rest.is_empty() {
+                return;
+            }
+            let out = self.bring_home(ctx, block, &rest, |_| why);
+            for (pages, outcome) in [(out.home, PageOutcome::Moved), (out.poisoned, PageOutcome::Poisoned)] {
+                pages.iter().for_each(|i| report(block.page(i), outcome));
+                rest = rest.minus(&pages);
+            }
+            if !out.unmapped.is_empty() {
+                if forced {
+                    out.unmapped.iter().for_each(|i| report(block.page(i), PageOutcome::NoAccess));
+                    rest = rest.minus(&out.unmapped);
+                } else {
+                    forced = true;
+                    self.home_without_access(ctx, block, &out.unmapped, why, report);
+                }
+            }
+            rest = self.away(block).and(&rest);
+            if out.again {
+                self.settle_events(ctx, attempt);
+            } else if !out.busy.is_empty() || !out.failed.is_empty() {
+                std::thread::sleep(std::time::Duration::from_micros(50));
+            }
+        }
+        rest.iter().for_each(|i| report(block.page(i), PageOutcome::TimedOut));
+    }
+
+    /// Pages of mappings without any access: nothing can be put there, so access is given for the moment it takes.
+    fn home_without_access(
+        &'static self,
+        ctx: &mut Ctx,
+        block: Block,
+        pages: &PageSet,
+        why: Why,
+        report: &mut dyn FnMut(VirtAddr, PageOutcome),
+    ) {
+        for run in pages.runs() {
+            let range = block.run(run);
+            let Ok(Some(vma)) = self.os.vma(range.start()) else { continue };
+            let Some(part) = vma.range.intersection(range) else { continue };
+            if vma.prot.contains(Prot::READ) || self.os.protect(part, vma.prot | Prot::READ).is_err() {
+                continue;
+            }
+            let out = self.bring_home(ctx, block, &PageSet::of(part), |_| why);
+            out.home.iter().for_each(|i| report(block.page(i), PageOutcome::Moved));
+            let _ = self.os.protect(part, vma.prot);
+        }
+    }
+
+    /// Pages of `range` that are away.
+    pub(crate) fn count_away(&self, range: PageRange) -> usize {
+        let mut count = 0;
+        self.blocks.for_each(range, |block| {
+            count += usize::try_from(block.away()).expect("64-bit");
+            ControlFlow::Continue(())
+        });
+        count
+    }
+
+    fn register_device(&'static self, device: DeviceRef) -> Reply {
+        match self.devices.add(|id| self.make_entry(id, device.0)) {
+            Ok(entry) => Reply::Registered(entry.id()),
+            Err(AddError::TooMany) => Reply::TooManyDevices,
+            Err(AddError::NoMemory(errno)) => Reply::Failed(errno),
+        }
+    }
+
+    /// Evicts a device's frames by frame, not by address: an address kept with a frame is a hint only. Stops when
+    /// `frames` came free. Returns how many pages did not come home.
+    ///
+    /// # Kernel
+    /// `mm/migrate_device.c: migrate_device_range()`.
+    pub(crate) fn evict(&'static self, ctx: &mut Ctx, device: DeviceId, frames: u32, why: Why) -> usize {
+        let Some(entry) = self.devices.get(device) else { return 0 };
+        let Some(pgmap) = entry.pgmap() else { return 0 };
+        let target = pgmap.live().saturating_sub(frames);
+        let mut at = crate::device::DevPfn::new(0);
+        while pgmap.live() > target {
+            let Some(pfn) = pgmap.next_live(at) else { break };
+            at = pfn.add(1);
+            if let Some(page) = pgmap.hint(pfn)
+                && let Some(block) = self.blocks.find(page)
+                && matches!(block.word(page.page_in_block()).place(), Place::Device { device: d, pfn: p } if d == device && p == pfn)
+            {
+                let mine = self.pages_on(block, device);
+                self.block_home(ctx, block, &mine, why, &mut |_, _| {});
+            }
+        }
+        if pgmap.live() > target {
+            // Hints that led nowhere (the page moved with `mremap`): look through all blocks.
+            self.blocks.for_each(whole_space(), |block| {
+                let mine = self.pages_on(block, device);
+                if !mine.is_empty() {
+                    self.block_home(ctx, block, &mine, why, &mut |_, _| {});
+                }
+                if pgmap.live() > target { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            });
+        }
+        (pgmap.live().saturating_sub(target)) as usize
+    }
+
+    fn pages_on(&self, block: Block, device: DeviceId) -> PageSet {
+        (0..BLOCK_PAGES)
+            .filter(|&i| match block.word(i).place() {
+                Place::Device { device: d, .. } => d == device,
+                Place::Staged { exclusive, .. } => exclusive == Some(device),
+                Place::Cpu | Place::Poisoned { .. } => false,
+            })
+            .collect()
+    }
+
+    /// Evicts everything and takes the device out of the table. Returns how many pages could not come home; the device
+    /// stays then, taking no more pages.
+    fn remove_device(&'static self, ctx: &mut Ctx, device: DeviceId) -> usize {
+        let Some(entry) = self.devices.get(device) else { return 0 };
+        entry.leave();
+        // Pages it holds exclusively have no frame.
+        self.blocks.for_each(whole_space(), |block| {
+            let mine = self.pages_on(block, device);
+            if !mine.is_empty() {
+                self.block_home(ctx, block, &mine, Why::Evicted, &mut |_, _| {});
+            }
+            ControlFlow::Continue(())
+        });
+        let left = self.evict(ctx, device, u32::MAX, Why::Evicted);
+        if left == 0 {
+            drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Release, owner: None }));
+            self.drop_entry(entry);
+            self.devices.remove(device);
+        }
+        left
+    }
+
+    /// Brings everything home and unregisters all memory. Returns how many pages could not come home.
+    fn close(&'static self, ctx: &mut Ctx) -> usize {
+        self.freeze();
+        let whole = whole_space();
+        self.range_home(ctx, whole, Why::Asked, &mut |_, _| {});
+        let left = self.count_away(whole);
+        if left == 0 {
+            self.blocks.for_each(whole, |block| {
+                for attempt in 0..crate::migrate::ATTEMPTS {
+                    if self.release_block(ctx, block) {
+                        break;
+                    }
+                    self.settle_events(ctx, attempt);
+                }
+                ControlFlow::Continue(())
+            });
+        }
+        self.thaw();
+        left
+    }
+}
+
+/// The user address space.
+pub(crate) fn whole_space() -> PageRange {
+    PageRange::new(VirtAddr::new(0), TASK_SIZE).expect("the user address space is a range")
+}

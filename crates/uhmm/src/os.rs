@@ -1,0 +1,147 @@
+//! The seam between the engine and a kernel: every use of one goes through [`Os`].
+//!
+//! On Linux the seam is [`crate::linux::LinuxMm`]. The engine is generic over it, so that the same code runs on a
+//! simulated kernel, where every call can fail, race, be short or arrive late.
+
+use uhmm_sys::{
+    Errno,
+    addr::{PageRange, VirtAddr},
+    maps::{Prot, Vma},
+    mem::HostBytes,
+    pagemap::Page,
+    uffd::{Copied, RegisterMode, SrcHoles, Wake},
+};
+
+/// The address space of a forked child, which nobody serves but its parent.
+pub trait ChildMm {
+    /// Fills a hole of the child with bytes of the engine's memory.
+    fn copy(&self, dst: VirtAddr, src: HostBytes) -> Copied;
+    /// Makes a touch of the page kill the child with `SIGBUS` rather than read wrong bytes.
+    fn poison(&self, range: PageRange) -> Copied;
+}
+
+/// A message of the kernel.
+#[derive(Debug)]
+pub enum Event<C> {
+    /// A thread touched a page that is not there, and waits.
+    Fault {
+        /// The address touched.
+        addr: VirtAddr,
+        /// The thread, where the kernel says.
+        tid: Option<u32>,
+        /// The page is there but write-protected by the engine.
+        wp: bool,
+    },
+    /// The process forked; the child's registered memory is in `child`'s care.
+    Fork(C),
+    /// Registered memory was moved by `mremap`; the page tables have changed already.
+    Remap {
+        /// Where it was.
+        from: VirtAddr,
+        /// Where it is.
+        to: VirtAddr,
+        /// Bytes.
+        len: u64,
+    },
+    /// Pages are about to be dropped (`MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE`).
+    Remove(PageRange),
+    /// Memory was unmapped; the page tables have changed already.
+    Unmap(PageRange),
+}
+
+/// What the engine asks of a kernel. No method allocates; all may be called from several engine threads.
+///
+/// Results keep progress and error apart: see [`Copied`].
+pub trait Os: Send + Sync + std::fmt::Debug + 'static {
+    /// See [`ChildMm`].
+    type Child: ChildMm + Send + std::fmt::Debug;
+
+    /// Nanoseconds since some fixed point.
+    fn now_ns(&self) -> u64;
+    /// Whether `UFFDIO_MOVE` may be used.
+    fn has_move(&self) -> bool;
+    /// Whether faults of system calls are served, not only those of the program's own instructions.
+    fn serves_kernel_faults(&self) -> bool;
+
+    /// The VMA that holds `at`, or the next above it.
+    ///
+    /// # Errors
+    /// Whatever reading the process's map answers.
+    fn vma(&self, at: VirtAddr) -> Result<Option<Vma>, Errno>;
+    /// What the page tables say of each page of `range`.
+    ///
+    /// # Errors
+    /// Whatever reading the page map answers.
+    fn scan(&self, range: PageRange, out: &mut [Page]) -> Result<(), Errno>;
+    /// Calls `f` for memory that must stay: the engine's own, and what the kernel writes to behind a dying thread.
+    fn excluded(&self, f: &mut dyn FnMut(PageRange));
+    /// Anonymous memory of the process in RAM, in bytes.
+    ///
+    /// # Errors
+    /// Whatever reading the process's statistics answers.
+    fn anon_rss(&self) -> Result<u64, Errno>;
+
+    /// `UFFDIO_REGISTER`.
+    ///
+    /// # Errors
+    /// `EBUSY`: another userfaultfd has it. `EINVAL`: memory of a kind that cannot be registered, or a hole.
+    fn register(&self, range: PageRange, mode: RegisterMode) -> Result<(), Errno>;
+    /// `UFFDIO_UNREGISTER`.
+    ///
+    /// # Errors
+    /// As [`Os::register`].
+    fn unregister(&self, range: PageRange) -> Result<(), Errno>;
+    /// `UFFDIO_COPY` from the engine's memory into holes of the program.
+    fn copy(&self, dst: VirtAddr, src: HostBytes, wake: Wake) -> Copied;
+    /// `UFFDIO_ZEROPAGE`.
+    fn zero(&self, range: PageRange, wake: Wake) -> Copied;
+    /// `UFFDIO_MOVE`.
+    fn move_pages(&self, dst: VirtAddr, src: VirtAddr, len: u64, holes: SrcHoles, wake: Wake) -> Copied;
+    /// `UFFDIO_WRITEPROTECT`, on.
+    ///
+    /// # Errors
+    /// `EAGAIN` while an event is pending; `ENOENT` where nothing is registered.
+    fn write_protect(&self, range: PageRange) -> Result<(), Errno>;
+    /// `UFFDIO_WRITEPROTECT`, off; wakes writers that wait.
+    ///
+    /// # Errors
+    /// As [`Os::write_protect`].
+    fn write_unprotect(&self, range: PageRange) -> Result<(), Errno>;
+    /// `UFFDIO_POISON`.
+    fn poison(&self, range: PageRange) -> Copied;
+    /// `UFFDIO_WAKE`.
+    fn wake(&self, range: PageRange);
+    /// Reads one message, if there is one.
+    ///
+    /// # Errors
+    /// Whatever `read(2)` answers but `EAGAIN`.
+    fn next_event(&self) -> Result<Option<Event<Self::Child>>, Errno>;
+    /// Waits until there may be a message.
+    ///
+    /// # Errors
+    /// Whatever `poll(2)` answers but `EINTR`.
+    fn wait_event(&self, timeout_ms: Option<u32>) -> Result<bool, Errno>;
+
+    /// `MADV_DONTNEED` on the engine's own memory or on frozen pages of the program.
+    ///
+    /// # Errors
+    /// `EINVAL` where the kernel refuses (sealed memory).
+    fn zap(&self, range: PageRange) -> Result<(), Errno>;
+    /// `MADV_POPULATE_READ`.
+    ///
+    /// # Errors
+    /// `ENOMEM`: a hole in the address space. `EFAULT`: a page that cannot be had. `EINVAL`: no such advice.
+    fn populate_read(&self, range: PageRange) -> Result<(), Errno>;
+    /// `MADV_POPULATE_WRITE`.
+    ///
+    /// # Errors
+    /// As [`Os::populate_read`].
+    fn populate_write(&self, range: PageRange) -> Result<(), Errno>;
+    /// `mprotect(2)`; used for pages that have to come home where nothing can be put.
+    ///
+    /// # Errors
+    /// Whatever `mprotect(2)` answers.
+    fn protect(&self, range: PageRange, prot: Prot) -> Result<(), Errno>;
+    /// Reads the program's memory as a system call would: obeying protection, surviving its absence.
+    fn read(&self, src: VirtAddr, dst: HostBytes) -> Copied;
+}

@@ -1,0 +1,157 @@
+//! Atomics, locks and waiting, by one name.
+//!
+//! With `--cfg loom` the model checker's own types stand in for the standard library's, and the tests `loom_*` explore
+//! every interleaving of the modules built on this one: [`pgmap`](crate::pgmap), [`device_table`](crate::device_table)
+//! and [`notifier`](crate::notifier). A module that hands them atomics takes the types from here, or is left out of a
+//! loom build.
+
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+#[cfg(not(loom))]
+use uhmm_sys::Errno;
+
+#[cfg(loom)]
+pub use loom::sync::{
+    Mutex, MutexGuard,
+    atomic::{AtomicU32, AtomicU64, Ordering},
+};
+#[cfg(not(loom))]
+pub use std::sync::{
+    Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU32, AtomicU64, Ordering},
+};
+
+/// Takes a lock whose holder cannot leave the data half changed. A panic elsewhere in the process must not turn every
+/// later fault into one more panic, so poison is ignored.
+#[cfg(not(loom))]
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes a lock of the model checker, which ends the run at the first panic.
+#[cfg(loom)]
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("a thread of the model panicked")
+}
+
+/// Lets another thread make the step that the caller spins for.
+pub(crate) fn spin() {
+    #[cfg(loom)]
+    loom::thread::yield_now();
+    #[cfg(not(loom))]
+    std::hint::spin_loop();
+}
+
+/// Memory that a structure is given to live in: zeroed, never freed, touched only where used.
+///
+/// The engine takes it from its private arena, or from memory that a forked child shares.
+#[derive(Clone, Copy)]
+pub struct Words {
+    /// 32-bit words.
+    pub words32: &'static [AtomicU32],
+    /// 64-bit words.
+    pub words64: &'static [AtomicU64],
+}
+
+impl std::fmt::Debug for Words {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} words of 32 bits, {} of 64", self.words32.len(), self.words64.len())
+    }
+}
+
+/// How much memory a structure wants to be given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WordsNeeded {
+    /// Number of 32-bit words.
+    pub words32: usize,
+    /// Number of 64-bit words.
+    pub words64: usize,
+}
+
+#[cfg(not(loom))]
+impl Words {
+    /// Takes zeroed words from the engine's arena, which a forked child has a copy of.
+    ///
+    /// # Errors
+    /// What [`arena::slice`](uhmm_sys::arena::slice) answers.
+    pub fn arena(needed: WordsNeeded) -> Result<Self, Errno> {
+        use uhmm_sys::arena::slice;
+        Ok(Self { words32: slice(needed.words32)?, words64: slice(needed.words64)? })
+    }
+
+    /// Takes zeroed words that a forked child shares.
+    ///
+    /// # Errors
+    /// What [`mem::shared_slice`](uhmm_sys::mem::shared_slice) answers.
+    pub fn shared(needed: WordsNeeded) -> Result<Self, Errno> {
+        use uhmm_sys::mem::shared_slice;
+        Ok(Self { words32: shared_slice(needed.words32)?, words64: shared_slice(needed.words64)? })
+    }
+}
+
+impl WordsNeeded {
+    /// Takes the words from the global allocator and never gives them back: for tests and simulations, whose heap
+    /// does not migrate.
+    #[must_use]
+    pub fn leak(self) -> Words {
+        let words32: Vec<_> = (0..self.words32).map(|_| AtomicU32::new(0)).collect();
+        let words64: Vec<_> = (0..self.words64).map(|_| AtomicU64::new(0)).collect();
+        Words { words32: words32.leak(), words64: words64.leak() }
+    }
+}
+
+/// What was waited for did not happen in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("timed out after {} ms", limit.as_millis())]
+pub struct TimedOut {
+    /// How long was waited.
+    pub limit: Duration,
+}
+
+/// A bounded wait without a condition variable: spins, then yields, then sleeps in short steps.
+///
+/// The waker has nothing to do, which keeps the fault path free of system calls for waiters that hardly ever exist.
+#[derive(Debug)]
+pub(crate) struct Waiter {
+    limit: Duration,
+    /// Read at the first yield: a wait that ends within the spins never looks at the clock.
+    deadline: Option<Instant>,
+    tries: u32,
+}
+
+impl Waiter {
+    const SPINS: u32 = 64;
+    const YIELDS: u32 = 64;
+    const NAP: Duration = Duration::from_micros(50);
+
+    pub(crate) const fn new(limit: Duration) -> Self {
+        Self { limit, deadline: None, tries: 0 }
+    }
+
+    /// Waits a little.
+    ///
+    /// # Errors
+    /// [`TimedOut`] once the limit has passed. Under loom time does not pass.
+    pub(crate) fn pause(&mut self) -> Result<(), TimedOut> {
+        if cfg!(loom) {
+            spin();
+            return Ok(());
+        }
+        self.tries = self.tries.saturating_add(1);
+        if self.tries <= Self::SPINS {
+            spin();
+            return Ok(());
+        }
+        let now = Instant::now();
+        if now >= *self.deadline.get_or_insert(now + self.limit) {
+            return Err(TimedOut { limit: self.limit });
+        }
+        if self.tries <= Self::SPINS + Self::YIELDS {
+            std::thread::yield_now();
+        } else {
+            std::thread::sleep(Self::NAP);
+        }
+        Ok(())
+    }
+}
