@@ -29,8 +29,6 @@
 use std::fmt;
 
 use thiserror::Error;
-#[cfg(not(loom))]
-use uhmm_sys::Errno;
 use uhmm_sys::addr::{PAGE_SHIFT, PAGE_SIZE, PageRange, TASK_SIZE, VirtAddr};
 
 use crate::{
@@ -318,30 +316,13 @@ impl DeviceTable {
         let needed = Self::storage_needed(leaves, tables);
         assert!(storage.words32.len() >= needed.words32, "too few 32-bit words for {tables} tables");
         assert!(storage.words64.len() >= needed.words64, "too few 64-bit words for {tables} tables");
-        let (top, rest) = storage.words32.split_at(TOP_SLOTS);
+        let (words32, words64) = storage.atomics();
+        let (top, rest) = words32.split_at(TOP_SLOTS);
         let counts = &rest[..tables as usize];
-        let (leaves, rest) = storage.words64.split_at(leaves as usize * LEAF_SLOTS);
+        let (leaves, rest) = words64.split_at(leaves as usize * LEAF_SLOTS);
         let tables = &rest[..tables as usize * TABLE_PAGES];
         let writer = Mutex::new(Writer { leaves: 0, fresh: 0, free: 0, generation: 0 });
         Self { writer, entries: AtomicU64::new(0), top, leaves, tables, counts }
-    }
-
-    /// Makes an empty table in the engine's arena, with room for 2 TiB of addresses in at most 128 regions of 16 GiB,
-    /// and for page entries of 32 GiB; for less where the arena is small. Only what is used costs memory.
-    ///
-    /// # Errors
-    /// What the arena answers when not even 2 GiB of page entries fit.
-    #[cfg(not(loom))]
-    pub fn in_arena() -> Result<Self, Errno> {
-        const LEAVES: u32 = 128;
-        let mut tables = 16 << 10;
-        loop {
-            match Words::arena(Self::storage_needed(LEAVES, tables)) {
-                Ok(words) => return Ok(Self::new(LEAVES, tables, words)),
-                Err(errno) if tables <= 1 << 10 => return Err(errno),
-                Err(_) => tables /= 2,
-            }
-        }
     }
 
     /// What the device finds at `addr`. Of a block entry it is the part for this page, with the block's order.

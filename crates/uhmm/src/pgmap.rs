@@ -237,13 +237,14 @@ impl Pgmap {
         assert!(storage.words32.len() >= needed.words32, "too few 32-bit words for {frames} frames");
         assert!(storage.words64.len() >= needed.words64, "too few 64-bit words for {frames} frames");
         let chunks = chunks_of(frames) as usize;
-        let (header, rest) = storage.words64.split_at(HEADER_WORDS);
+        let (words32, words64) = storage.atomics();
+        let (header, rest) = words64.split_at(HEADER_WORDS);
         let (states, rest) = rest.split_at(chunks);
         let (partial, rest) = rest.split_at(chunks.div_ceil(64));
         let (taken, rest) = rest.split_at(chunks.div_ceil(64));
         let (bitmap, rest) = rest.split_at(chunks * bitmap::WORDS);
         let hints = &rest[..frames as usize];
-        let (refs, rest) = storage.words32.split_at(frames as usize);
+        let (refs, rest) = words32.split_at(frames as usize);
         let driver = &rest[..frames as usize];
         let map = Self { id, frames, header, states, partial, taken, bitmap, hints, refs, driver };
         map.trim_tail();

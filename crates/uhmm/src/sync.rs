@@ -2,14 +2,14 @@
 //!
 //! With `--cfg loom` the model checker's own types stand in for the standard library's, and the tests `loom_*` explore
 //! every interleaving of the modules built on this one: [`pgmap`](crate::pgmap), [`device_table`](crate::device_table)
-//! and [`notifier`](crate::notifier). A module that hands them atomics takes the types from here, or is left out of a
-//! loom build.
+//! and [`notifier`](crate::notifier). The rest of the crate compiles in such a build, and cannot run in it.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic,
+    time::{Duration, Instant},
+};
 
 use thiserror::Error;
-#[cfg(not(loom))]
-use uhmm_sys::Errno;
 
 #[cfg(loom)]
 pub use loom::sync::{
@@ -49,9 +49,9 @@ pub(crate) fn spin() {
 #[derive(Clone, Copy)]
 pub struct Words {
     /// 32-bit words.
-    pub words32: &'static [AtomicU32],
+    pub words32: &'static [atomic::AtomicU32],
     /// 64-bit words.
-    pub words64: &'static [AtomicU64],
+    pub words64: &'static [atomic::AtomicU64],
 }
 
 impl std::fmt::Debug for Words {
@@ -69,24 +69,19 @@ pub struct WordsNeeded {
     pub words64: usize,
 }
 
-#[cfg(not(loom))]
 impl Words {
-    /// Takes zeroed words from the engine's arena, which a forked child has a copy of.
-    ///
-    /// # Errors
-    /// What [`arena::slice`](uhmm_sys::arena::slice) answers.
-    pub fn arena(needed: WordsNeeded) -> Result<Self, Errno> {
-        use uhmm_sys::arena::slice;
-        Ok(Self { words32: slice(needed.words32)?, words64: slice(needed.words64)? })
+    /// The words as this module's atomics.
+    #[cfg(not(loom))]
+    pub(crate) fn atomics(self) -> (&'static [AtomicU32], &'static [AtomicU64]) {
+        (self.words32, self.words64)
     }
 
-    /// Takes zeroed words that a forked child shares.
-    ///
-    /// # Errors
-    /// What [`mem::shared_slice`](uhmm_sys::mem::shared_slice) answers.
-    pub fn shared(needed: WordsNeeded) -> Result<Self, Errno> {
-        use uhmm_sys::mem::shared_slice;
-        Ok(Self { words32: shared_slice(needed.words32)?, words64: shared_slice(needed.words64)? })
+    /// As many words of the model checker's, which cannot live in given memory.
+    #[cfg(loom)]
+    pub(crate) fn atomics(self) -> (&'static [AtomicU32], &'static [AtomicU64]) {
+        let words32: Vec<_> = self.words32.iter().map(|_| AtomicU32::new(0)).collect();
+        let words64: Vec<_> = self.words64.iter().map(|_| AtomicU64::new(0)).collect();
+        (words32.leak(), words64.leak())
     }
 }
 
@@ -95,8 +90,8 @@ impl WordsNeeded {
     /// does not migrate.
     #[must_use]
     pub fn leak(self) -> Words {
-        let words32: Vec<_> = (0..self.words32).map(|_| AtomicU32::new(0)).collect();
-        let words64: Vec<_> = (0..self.words64).map(|_| AtomicU64::new(0)).collect();
+        let words32: Vec<_> = (0..self.words32).map(|_| atomic::AtomicU32::new(0)).collect();
+        let words64: Vec<_> = (0..self.words64).map(|_| atomic::AtomicU64::new(0)).collect();
         Words { words32: words32.leak(), words64: words64.leak() }
     }
 }
