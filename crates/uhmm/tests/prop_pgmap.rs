@@ -1,5 +1,6 @@
 //! The frame allocator against a model of one reference count a frame, under threads, and over a long life.
 #![cfg(not(loom))]
+#![expect(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 use std::{
     collections::HashSet,
