@@ -247,10 +247,8 @@ impl PageRange {
 
     /// The range cut at block boundaries, ascending.
     pub fn iter_blocks(self) -> impl Iterator<Item = Self> + Clone {
-        (self.start >> BLOCK_SHIFT..=(self.end - 1) >> BLOCK_SHIFT).map(move |n| Self {
-            start: self.start.max(n << BLOCK_SHIFT),
-            end: self.end.min((n + 1) << BLOCK_SHIFT),
-        })
+        (self.start >> BLOCK_SHIFT..=(self.end - 1) >> BLOCK_SHIFT)
+            .map(move |n| Self { start: self.start.max(n << BLOCK_SHIFT), end: self.end.min((n + 1) << BLOCK_SHIFT) })
     }
 
     /// The whole block at whose start `addr` lies or that holds it.

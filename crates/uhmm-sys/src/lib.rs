@@ -24,6 +24,7 @@ pub mod addr;
 pub mod arena;
 pub mod exclude;
 pub mod fence;
+pub mod fork;
 pub mod futex;
 mod heap;
 pub mod limits;

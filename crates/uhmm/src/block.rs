@@ -492,16 +492,6 @@ impl Blocks {
             n += 1;
         }
     }
-
-    /// Blocks with a record so far.
-    pub(crate) fn count(&self) -> usize {
-        self.used.load(Relaxed) as usize
-    }
-
-    /// Block number `n` in the order in which records were made.
-    pub(crate) fn nth(&self, n: usize) -> Option<Block> {
-        (n < self.count()).then(|| self.at(u32::try_from(n).expect("records are counted in 32 bits")))
-    }
 }
 
 /// Takes the next number below `limit - spare`.

@@ -2,16 +2,13 @@
 
 use std::sync::{
     RwLock,
-    atomic::{
-        AtomicU32,
-        Ordering::{AcqRel, Acquire},
-    },
+    atomic::{AtomicU32, Ordering::Acquire},
 };
 
 use uhmm_sys::{Errno, addr::VirtAddr, arena};
 
 use crate::{
-    device::{DevPfn, Device, DeviceId, FrameRun, MemoryKind, MemorySpec},
+    device::{DevPfn, Device, DeviceId, FrameRun},
     device_table::DeviceTable,
     notifier::Subscription,
     pgmap::Pgmap,
@@ -19,13 +16,11 @@ use crate::{
 
 const LIVE: u32 = 0;
 const LEAVING: u32 = 1;
-const DEAD: u32 = 2;
 
 /// One registered device.
 pub(crate) struct Entry {
     id: DeviceId,
     device: &'static dyn Device,
-    spec: MemorySpec,
     pgmap: Option<Pgmap>,
     table: &'static DeviceTable,
     subscription: Subscription,
@@ -46,7 +41,7 @@ impl Entry {
         table: &'static DeviceTable,
         subscription: Subscription,
     ) -> Self {
-        Self { id, device, spec: device.memory(), pgmap, table, subscription, state: AtomicU32::new(LIVE) }
+        Self { id, device, pgmap, table, subscription, state: AtomicU32::new(LIVE) }
     }
 
     pub(crate) const fn id(&self) -> DeviceId {
@@ -67,14 +62,6 @@ impl Entry {
 
     pub(crate) const fn pgmap(&self) -> Option<&Pgmap> {
         self.pgmap.as_ref()
-    }
-
-    pub(crate) const fn kind(&self) -> MemoryKind {
-        self.spec.kind
-    }
-
-    pub(crate) const fn survives_fork(&self) -> bool {
-        self.spec.survives_fork
     }
 
     /// Frames for up to `pages` pages: one unit of a whole block if `huge` and to be had, else as long a run as is
@@ -119,11 +106,6 @@ impl Entry {
         }
     }
 
-    /// Says that the device died. Returns whether it was alive until now.
-    pub(crate) fn die(&self) -> bool {
-        self.state.swap(DEAD, AcqRel) != DEAD
-    }
-
     pub(crate) fn is_live(&self) -> bool {
         self.state.load(Acquire) == LIVE
     }
@@ -166,10 +148,6 @@ impl Devices {
 
     pub(crate) fn remove(&self, id: DeviceId) {
         *self.slots[id.index()].write().expect("nobody panics with this lock held") = None;
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.slots.iter().all(|s| s.read().expect("nobody panics with this lock held").is_none())
     }
 }
 

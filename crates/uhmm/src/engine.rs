@@ -211,10 +211,6 @@ impl<O: Os> Core<O> {
         }
     }
 
-    pub(crate) fn fork_is_prepared(&self) -> bool {
-        self.frozen.load(SeqCst) != 0
-    }
-
     /// Lets nothing leave any more, and waits for what is leaving.
     pub(crate) fn freeze(&self) {
         self.frozen.fetch_add(1, SeqCst);

@@ -187,15 +187,12 @@ impl<O: Os> Core<O> {
         });
     }
 
-    /// A child exists that was not prepared for: give it the bytes of the pages that are away, all of them, now.
+    /// A child exists: give it the bytes of the pages that are away, all of them, now. After a prepared fork there are
+    /// none. Dropping the child's descriptor then ends its registration.
     ///
     /// The bytes are those of this moment: the gate is closed, so that no page comes home, and no device writes.
     fn fork_child(&'static self, ctx: &mut Ctx, child: O::Child, reader: &mut Deferred<O::Child>) {
         self.stats.add(Counter::Forks, 1);
-        if self.fork_is_prepared() {
-            // Everything is home. Dropping the child's descriptor ends its registration.
-            return;
-        }
         let whole = PageRange::new(VirtAddr::new(0), uhmm_sys::addr::TASK_SIZE).expect("the user address space");
         self.blocks.for_each(whole, |block| {
             if block.away() == 0 {

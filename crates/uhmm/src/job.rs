@@ -36,7 +36,7 @@ pub(crate) enum Request {
     Migrate { range: PageRange, plan: Plan },
     /// Bring pages home. A result per page: a `PageOutcome`.
     Home { range: PageRange, why: Why },
-    /// Undo a migration for the pages whose result says "moved".
+    /// Take a device into the table.
     Register { device: DeviceRef },
     /// Evict and remove a device.
     Remove { device: DeviceId },
@@ -52,8 +52,6 @@ pub(crate) enum Request {
     Invalidate { range: PageRange, cause: crate::device::Cause },
     /// Prepare for a fork.
     ForkPrepare,
-    /// The fork is over.
-    ForkDone,
     /// Bring everything home and unregister all memory.
     Close,
 }

@@ -7,6 +7,7 @@ use uhmm_sys::{
     maps::{self, Maps, Prot, Vma},
     mem::HostBytes,
     pagemap::{Page, Pagemap},
+    probe::{Cap, masked},
     uffd::{self, Copied, Features, KernelFaults, Protect, RegisterMode, SrcHoles, Uffd, Wake},
 };
 
@@ -42,11 +43,11 @@ impl LinuxMm {
             | Features::FAULT_WP
             | Features::POISON
             | Features::MOVE;
-        if !masked("fork-event") {
+        if !masked(Cap::ForkEvent) {
             wanted |= Features::EVENT_FORK;
         }
         let uffd = Uffd::open(wanted)?;
-        let has_move = uffd.features().contains(Features::MOVE) && !masked("move");
+        let has_move = uffd.features().contains(Features::MOVE) && !masked(Cap::Move);
         let pagemap = Pagemap::open().map_err(StartError::Proc)?;
         let maps = Maps::open().map_err(StartError::Proc)?;
         Ok(Self { start: std::time::Instant::now(), uffd, pagemap, maps, has_move })
@@ -172,8 +173,4 @@ impl Os for LinuxMm {
     fn read(&self, src: VirtAddr, dst: HostBytes) -> Copied {
         access::read_to_host(src, dst)
     }
-}
-
-fn masked(name: &str) -> bool {
-    std::env::var("UHMM_MASK").is_ok_and(|mask| mask.split(',').any(|m| m == name))
 }

@@ -219,6 +219,7 @@ impl<O: Os> Core<O> {
         }
         let mut unshared = PageSet::EMPTY;
         for attempt in 0..ATTEMPTS {
+            self.wait_thawed();
             let mut pass = Pass::default();
             self.out_pass(ctx, block, piece, prot, plan, &want, &mut pass, outcomes);
             let shared = pass.shared.minus(&unshared);
@@ -325,6 +326,35 @@ impl<O: Os> Core<O> {
             // Outside the locks: whoever touches one of these first brings it home as well.
             self.bring_home(ctx, block, &failed, |_| Why::RolledBack);
         }
+    }
+
+    /// Writes pages of `want` that stand in staging on to `device`. Returns how many went.
+    ///
+    /// # Locking
+    /// The caller holds no page and is outside the gate.
+    pub(crate) fn push_staged(
+        &'static self,
+        _ctx: &mut Ctx,
+        block: Block,
+        device: DeviceId,
+        want: &PageSet,
+        why: Why,
+    ) -> usize {
+        let Some(_running) = self.begin_out() else { return 0 };
+        let Some(entry) = self.devices.get(device) else { return 0 };
+        let mut transit = Transit::new(block, self);
+        let mut staged = PageSet::EMPTY;
+        for i in want.iter() {
+            match transit.try_hold(i) {
+                Ok(Place::Staged { exclusive: None, .. }) => staged.insert(i),
+                Ok(_) => transit.put_back(i),
+                Err(_) => {}
+            }
+        }
+        let mut outcomes = Outcomes::new();
+        // What finds no frame rests in staging on.
+        let failed = self.to_device(&mut transit, entry, &staged, false, why, &mut outcomes);
+        staged.count() - failed.count()
     }
 
     /// Setup: takes pages out of the program into staging. Held pages that did not move are let go.

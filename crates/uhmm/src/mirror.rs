@@ -19,7 +19,7 @@ use uhmm_sys::{
 
 use crate::{
     block::{Place, Transit},
-    device::{Cause, Device, DeviceId, Invalidation},
+    device::{Device, DeviceId, Invalidation},
     device_table::{Access, DeviceTable, Pte},
     devices::Entry,
     engine::Core,
@@ -160,7 +160,6 @@ impl PageReport {
 
     /// The frame of the asking device that holds it, if one does.
     #[must_use]
-    #[expect(clippy::cast_possible_truncation, reason = "the upper half is the frame number")]
     pub const fn local_frame(self) -> Option<crate::device::DevPfn> {
         if self.0 & LOCAL != 0 { Some(crate::device::DevPfn::new((self.0 >> PFN_SHIFT) as u32)) } else { None }
     }
@@ -566,10 +565,5 @@ impl<O: Os> Core<O> {
             Place::Staged { slot, exclusive: Some(d) } if d == device => Some(self.staging.bytes(slot, 1)),
             _ => None,
         }
-    }
-
-    /// Tells mirrors and notifiers about `range`, from an engine thread.
-    pub(crate) fn invalidate_now(&self, range: PageRange, cause: Cause) {
-        drop(self.invalidate(&Invalidation { range, cause, owner: None }));
     }
 }

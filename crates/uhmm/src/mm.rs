@@ -121,12 +121,33 @@ struct Current {
     users: usize,
 }
 
-static CURRENT: Mutex<Current> = Mutex::new(Current { core: None, threads: Threads::Ordinary, users: 0 });
+/// What a process keeps of its engine.
+struct Process {
+    current: Mutex<Current>,
+    /// For the engine's own threads.
+    running: Mutex<Option<&'static Core<LinuxMm>>>,
+    /// What the thread that starts the engine is given, and tells.
+    setup: Mutex<Option<Setup>>,
+    result: Mutex<Option<Result<&'static Core<LinuxMm>, StartError>>>,
+    started: AtomicU32,
+}
 
-/// What the thread that starts the engine tells its starter.
-static STARTING: Mutex<Option<Result<&'static Core<LinuxMm>, StartError>>> = Mutex::new(None);
-static STARTING_SETUP: Mutex<Option<Setup>> = Mutex::new(None);
-static STARTED: AtomicU32 = AtomicU32::new(0);
+/// A forked child uses the next of these: a lock of its parent may have been held by a thread that the child does not
+/// have. A process that is as many forks away from its last `exec` uses its ancestor's, which it then finds free
+/// unless that one forked while it was opening or closing.
+static PROCESSES: [Process; 64] = [const {
+    Process {
+        current: Mutex::new(Current { core: None, threads: Threads::Ordinary, users: 0 }),
+        running: Mutex::new(None),
+        setup: Mutex::new(None),
+        result: Mutex::new(None),
+        started: AtomicU32::new(0),
+    }
+}; 64];
+
+fn process() -> &'static Process {
+    &PROCESSES[crate::fork::generation() % PROCESSES.len()]
+}
 
 /// A handle on the address space.
 #[derive(Debug)]
@@ -232,7 +253,7 @@ impl Mm {
     /// # Errors
     /// As [`Mm::open`].
     pub fn open_with(setup: Setup) -> Result<Self, StartError> {
-        let mut current = lock(&CURRENT);
+        let mut current = lock(&process().current);
         let core = match current.core {
             Some(core) => core,
             None => {
@@ -308,6 +329,44 @@ impl Mm {
         self.core.call(Request::Invalidate { range, cause }, |_, _| ());
     }
 
+    /// Whether any device has translations that an invalidation could concern.
+    #[must_use]
+    pub fn is_mirrored(&self) -> bool {
+        let mut any = false;
+        self.core.devices.for_each(|entry| any |= entry.table().entries() != 0);
+        any
+    }
+
+    /// Keeps the program's anonymous memory in RAM near `limit` bytes, by moving what is cold to the devices (see
+    /// [`crate::reclaim`]). A second call changes the limit.
+    ///
+    /// # Errors
+    /// [`StartError::Thread`].
+    pub fn keep_resident(&self, limit: u64) -> Result<(), StartError> {
+        let before = self.core.resident_limit.swap(limit, std::sync::atomic::Ordering::AcqRel);
+        if before != u64::MAX {
+            return Ok(());
+        }
+        let threads = lock(&process().current).threads;
+        spawn(threads, Role::Reclaim, None)
+    }
+
+    /// Moves random memory about from now on (see [`crate::stress`]).
+    ///
+    /// # Errors
+    /// [`StartError::Thread`].
+    pub fn stress(&self, seed: u64, hooks: Option<&'static dyn crate::stress::StressHooks>) -> Result<(), StartError> {
+        crate::stress::configure(seed, hooks);
+        let threads = lock(&process().current).threads;
+        (0..2).try_for_each(|_| spawn(threads, Role::Stress, None))
+    }
+
+    /// From now on pages that were the program's are given back to the kernel after they moved, never filled with
+    /// other bytes: for programs that let the kernel refer to their pages (`vmsplice`, `MSG_ZEROCOPY`).
+    pub fn never_recycle(&self) {
+        self.core.staging.never_recycle();
+    }
+
     /// The figures.
     #[must_use]
     pub fn stats(&self) -> Stats {
@@ -321,10 +380,6 @@ impl Mm {
         self.core.os.serves_kernel_faults()
     }
 
-    pub(crate) const fn core(&self) -> &'static Core<LinuxMm> {
-        self.core
-    }
-
     /// Ends the use of this handle. The last one brings everything home first.
     ///
     /// # Errors
@@ -336,7 +391,7 @@ impl Mm {
     }
 
     fn release(&self) -> Result<(), Left> {
-        let mut current = lock(&CURRENT);
+        let mut current = lock(&process().current);
         current.users -= 1;
         if current.users != 0 {
             return Ok(());
@@ -351,7 +406,7 @@ impl Mm {
 
 impl Clone for Mm {
     fn clone(&self) -> Self {
-        lock(&CURRENT).users += 1;
+        lock(&process().current).users += 1;
         Self { core: self.core }
     }
 }
@@ -539,6 +594,20 @@ impl Port {
         }
     }
 
+    /// Takes the page of `addr` for the device's exclusive access. A fault for [`Access::Atomic`] then installs the
+    /// translation, unless a CPU thread has taken the page back meanwhile.
+    ///
+    /// # Locking
+    /// As [`Port::fault`].
+    ///
+    /// # Kernel
+    /// `make_device_exclusive()` for one page.
+    #[must_use]
+    pub fn exclusive(&self, addr: VirtAddr) -> PageOutcome {
+        let request = Request::Exclusive { device: self.id, range: PageRange::page_of(addr) };
+        self.core.call(request, |job, _| PageOutcome::from_bits(job.result(0)))
+    }
+
     /// The bytes of a page that the device holds exclusively. Valid while the translation is.
     #[must_use]
     pub fn exclusive_bytes(&self, addr: VirtAddr) -> Option<HostBytes> {
@@ -567,6 +636,8 @@ enum Role {
     Starter,
     Handler,
     Mover,
+    Reclaim,
+    Stress,
 }
 
 impl Role {
@@ -578,22 +649,26 @@ impl Role {
         match arg {
             0 => Self::Starter,
             1 => Self::Handler,
-            _ => Self::Mover,
+            2 => Self::Mover,
+            3 => Self::Reclaim,
+            _ => Self::Stress,
         }
     }
 }
 
 /// Starts the engine's threads; the first of them opens what the others use.
 fn start(setup: Setup) -> Result<&'static Core<LinuxMm>, StartError> {
+    crate::fork::register();
     arena::init(ARENA_BYTES).map_err(StartError::Memory)?;
-    *lock(&STARTING_SETUP) = Some(setup);
-    *lock(&STARTING) = None;
-    STARTED.store(0, Release);
+    let process = process();
+    *lock(&process.setup) = Some(setup);
+    *lock(&process.result) = None;
+    process.started.store(0, Release);
     spawn(setup.threads, Role::Starter, None)?;
-    while STARTED.load(Acquire) == 0 {
-        let _ = futex::wait(&STARTED, 0, None);
+    while process.started.load(Acquire) == 0 {
+        let _ = futex::wait(&process.started, 0, None);
     }
-    lock(&STARTING).take().expect("the starter left a result")
+    lock(&process.result).take().expect("the starter left a result")
 }
 
 /// Address space for the engine. Only what is used is ever memory.
@@ -614,23 +689,23 @@ fn thread_main(arg: usize) {
         Role::Starter => starter_main(),
         Role::Handler => running_core().run_handler(),
         Role::Mover => running_core().run_mover(),
+        Role::Reclaim => running_core().run_reclaim(),
+        Role::Stress => running_core().run_stress(),
     }
 }
 
 /// The engine, from one of its threads.
 fn running_core() -> &'static Core<LinuxMm> {
-    RUNNING.lock().unwrap_or_else(std::sync::PoisonError::into_inner).expect("threads start after the engine is there")
+    lock(&process().running).expect("threads start after the engine is there")
 }
 
-static RUNNING: Mutex<Option<&'static Core<LinuxMm>>> = Mutex::new(None);
-
 fn starter_main() {
-    let setup = lock(&STARTING_SETUP).take().expect("the starter is given a setup");
+    let setup = lock(&process().setup).take().expect("the starter is given a setup");
     let result = set_up(&setup);
     let core = result.as_ref().ok().copied();
-    *lock(&STARTING) = Some(result);
-    STARTED.store(1, Release);
-    let _ = futex::wake(&STARTED, 1);
+    *lock(&process().result) = Some(result);
+    process().started.store(1, Release);
+    let _ = futex::wake(&process().started, 1);
     if let Some(core) = core {
         core.run_mover();
     }
@@ -647,7 +722,7 @@ fn set_up(setup: &Setup) -> Result<&'static Core<LinuxMm>, StartError> {
     };
     let core = Core::new(os, &setup.config, stats).map_err(StartError::Memory)?;
     let core: &'static Core<LinuxMm> = arena::value(core).map_err(StartError::Memory)?;
-    *lock(&RUNNING) = Some(core);
+    *lock(&process().running) = Some(core);
     for cpu in thread::allowed_cpus().iter() {
         spawn(setup.threads, Role::Handler, Some(cpu))?;
     }
@@ -659,13 +734,14 @@ fn set_up(setup: &Setup) -> Result<&'static Core<LinuxMm>, StartError> {
 
 /// For `fork`: see [`crate::fork`].
 pub(crate) fn current_core() -> Option<&'static Core<LinuxMm>> {
-    lock(&CURRENT).core
+    lock(&process().current).core
 }
 
 /// In a forked child: the parent's engine is none of ours.
 pub(crate) fn forget() {
-    let mut current = lock(&CURRENT);
-    current.core = None;
-    current.users = 0;
-    *lock(&RUNNING) = None;
+    // A process so many forks away may have left something in this place.
+    let process = process();
+    if let Ok(mut current) = process.current.try_lock() {
+        *current = Current { core: None, threads: Threads::Ordinary, users: 0 };
+    }
 }

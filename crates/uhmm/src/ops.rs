@@ -36,6 +36,9 @@ impl<O: Os> Core<O> {
                         job.set_result(n, outcomes.0[i] as u64);
                         n += 1;
                     }
+                    if let Some(entry) = plan.to.and_then(|to| self.devices.get(to)) {
+                        self.map_local(entry, part);
+                    }
                 }
                 Reply::Done
             }
@@ -75,10 +78,6 @@ impl<O: Os> Core<O> {
                 let whole = whole_space();
                 self.range_home(ctx, whole, Why::Fork, &mut |_, _| {});
                 Reply::Left(self.count_away(whole))
-            }
-            Request::ForkDone => {
-                self.thaw();
-                Reply::Done
             }
             Request::Close => Reply::Left(self.close(ctx)),
         }

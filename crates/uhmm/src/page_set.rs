@@ -24,12 +24,6 @@ impl Run {
         (self.count as u64) << PAGE_SHIFT
     }
 
-    /// Byte offset of the run in its block.
-    #[must_use]
-    pub const fn offset(self) -> u64 {
-        (self.first as u64) << PAGE_SHIFT
-    }
-
     /// The page numbers, ascending.
     #[must_use]
     pub const fn pages(self) -> std::ops::Range<usize> {

@@ -30,6 +30,10 @@ use uhmm_sys::{
 
 use crate::page_set::Run;
 
+/// Slots in a chunk: as many as a block has pages.
+const CHUNK_SLOTS: u32 = 512;
+const _: () = assert!(CHUNK_SLOTS as usize == BLOCK_PAGES);
+
 /// Number of a page-sized place in staging.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Slot(u32);
@@ -44,7 +48,7 @@ impl Slot {
     }
 
     pub(crate) const fn chunk(self) -> Chunk {
-        Chunk(self.0 / BLOCK_PAGES as u32)
+        Chunk(self.0 / CHUNK_SLOTS)
     }
 
     pub(crate) const fn index(self) -> usize {
@@ -60,7 +64,7 @@ impl Chunk {
     #[expect(clippy::cast_possible_truncation, reason = "an index within a chunk is below 512")]
     pub(crate) fn slot(self, index: usize) -> Slot {
         debug_assert!(index < BLOCK_PAGES);
-        Slot(self.0 * BLOCK_PAGES as u32 + index as u32)
+        Slot(self.0 * CHUNK_SLOTS + index as u32)
     }
 }
 
@@ -115,7 +119,7 @@ const fn low(head: u64) -> u32 {
 const STANDING: u32 = 1 << 16;
 const GARBAGE_MASK: u32 = STANDING - 1;
 /// A chunk with at least this much garbage is worth keeping.
-const WORTH_KEEPING: u32 = 3 * BLOCK_PAGES as u32 / 4;
+const WORTH_KEEPING: u32 = 3 * CHUNK_SLOTS / 4;
 /// Set in a chunk's state while its garbage is one huge page: filling it in pieces would split it.
 const HUGE: u32 = 1 << 31;
 
@@ -128,7 +132,7 @@ pub(crate) struct Staging {
     empty: Stack,
     filled: Stack,
     filled_huge: Stack,
-    keep: u32,
+    keep: AtomicU32,
 }
 
 /// What is to become of a chunk when the last page left it.
@@ -151,7 +155,7 @@ impl Staging {
             empty: Stack::new(),
             filled: Stack::new(),
             filled_huge: Stack::new(),
-            keep,
+            keep: AtomicU32::new(keep),
         };
         for n in (0..chunks).rev() {
             staging.empty.push(staging.next, Chunk(n));
@@ -179,6 +183,17 @@ impl Staging {
         HostBytes::in_arena(self.addr(slot), (pages as u64) << PAGE_SHIFT).expect("staging lies in the arena")
     }
 
+    /// From now on pages that were the program's are given back to the kernel, never filled with others' bytes: the
+    /// kernel may still refer to one (a pipe, a socket that sends without copying).
+    pub(crate) fn never_recycle(&self) {
+        self.keep.store(0, Relaxed);
+    }
+
+    /// Whether pages may be filled anew.
+    pub(crate) fn recycles(&self) -> bool {
+        self.keep.load(Relaxed) != 0
+    }
+
     /// A chunk without a page in it, for pages on their way out.
     pub(crate) fn take_empty(&self) -> Option<Chunk> {
         self.empty.pop(self.next)
@@ -186,6 +201,9 @@ impl Staging {
 
     /// A chunk whose slots hold garbage (or nothing: the kernel then fills in on a touch), for pages on their way home.
     pub(crate) fn take_filled(&self) -> Option<Chunk> {
+        if !self.recycles() {
+            return None;
+        }
         let chunk = self.filled.pop(self.next)?;
         self.state[chunk.0 as usize].store(0, Relaxed);
         Some(chunk)
@@ -193,6 +211,9 @@ impl Staging {
 
     /// As [`Staging::take_filled`], of one huge page.
     pub(crate) fn take_filled_huge(&self) -> Option<Chunk> {
+        if !self.recycles() {
+            return None;
+        }
         let chunk = self.filled_huge.pop(self.next)?;
         self.state[chunk.0 as usize].store(0, Relaxed);
         Some(chunk)
@@ -200,7 +221,7 @@ impl Staging {
 
     /// A chunk of garbage that nobody needs, to be given back to the kernel by the caller.
     pub(crate) fn shrink(&self) -> Option<Chunk> {
-        self.take_filled().or_else(|| self.take_filled_huge())
+        self.filled.pop(self.next).or_else(|| self.filled_huge.pop(self.next))
     }
 
     /// Puts a chunk back whose memory the kernel has.
@@ -227,9 +248,10 @@ impl Staging {
             return Left::Nothing;
         }
         let garbage = (old & GARBAGE_MASK) + copied;
-        let huge = old & HUGE != 0 && garbage == BLOCK_PAGES as u32;
+        let huge = old & HUGE != 0 && garbage == CHUNK_SLOTS;
         let stack = if huge { &self.filled_huge } else { &self.filled };
-        if garbage >= WORTH_KEEPING && (old & HUGE == 0 || huge) && stack.count.load(Relaxed) < self.keep {
+        if garbage >= WORTH_KEEPING && (old & HUGE == 0 || huge) && stack.count.load(Relaxed) < self.keep.load(Relaxed)
+        {
             stack.push(self.next, chunk);
             Left::Nothing
         } else {
@@ -240,11 +262,6 @@ impl Staging {
     /// The whole chunk.
     pub(crate) fn chunk_range(&self, chunk: Chunk) -> PageRange {
         self.run(chunk, Run { first: 0, count: BLOCK_PAGES })
-    }
-
-    /// Pages of garbage that could be given back.
-    pub(crate) fn garbage_pages(&self) -> usize {
-        (self.filled.count.load(Relaxed) + self.filled_huge.count.load(Relaxed)) as usize * BLOCK_PAGES
     }
 }
 
@@ -295,7 +312,6 @@ mod tests {
         }
         assert_eq!(staging.leave(a, 12, 400), Left::Nothing);
         assert_eq!(staging.leave(b, 12, 400), Left::Zap(b), "one chunk of garbage is the bound");
-        assert_eq!(staging.garbage_pages(), 512);
         assert_eq!(staging.take_filled(), Some(a));
         assert_eq!(staging.take_filled(), None);
     }

@@ -236,7 +236,7 @@ impl Stats {
 
 fn bucket(ns: u64) -> usize {
     if ns < 8 {
-        return ns as usize;
+        return usize::try_from(ns).expect("below 8");
     }
     let exponent = ns.ilog2();
     let within = (ns >> (exponent - 3)) & 7;

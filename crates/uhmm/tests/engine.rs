@@ -1,131 +1,17 @@
 //! The engine on this kernel, with the plainest device there is.
 #![allow(unsafe_code, reason = "tests make the memory that they then watch")]
 
+mod common;
+
 use std::{
     ptr,
     sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
 };
 
-use uhmm::{
-    MigrateOptions, Mirror, Mm, PageOutcome,
-    addr::{PAGE_SIZE, PageRange, VirtAddr},
-    device::{CopyOp, Device, DeviceError, FrameRun, Invalidation, MemoryKind, MemorySpec},
-    mm::Location,
-};
-use uhmm_sys::mem::Mapping;
+use uhmm::{MigrateOptions, PageOutcome, addr::PageRange, mm::Location};
 use uhmm_testkit::isolated;
 
-/// Frames in shared memory, and nothing else.
-struct Plain {
-    memory: Mapping,
-}
-
-impl Plain {
-    fn new(bytes: u64) -> Self {
-        Self { memory: Mapping::memfd("plain", bytes).unwrap() }
-    }
-}
-
-impl Device for Plain {
-    fn name(&self) -> &str {
-        "plain"
-    }
-
-    fn memory(&self) -> MemorySpec {
-        MemorySpec {
-            frames: u32::try_from(self.memory.len() / PAGE_SIZE).unwrap(),
-            kind: MemoryKind::Private,
-            survives_fork: false,
-        }
-    }
-
-    fn copy_to_device(&self, ops: &[CopyOp]) -> Result<(), DeviceError> {
-        ops.iter().for_each(|op| op.host.copy_to(&self.memory, op.frames.offset()));
-        Ok(())
-    }
-
-    fn copy_to_host(&self, ops: &[CopyOp]) -> Result<(), DeviceError> {
-        ops.iter().for_each(|op| op.host.copy_from(&self.memory, op.frames.offset()));
-        Ok(())
-    }
-
-    fn zero(&self, frames: FrameRun) -> Result<(), DeviceError> {
-        self.memory.zero(frames.offset(), frames.bytes());
-        Ok(())
-    }
-
-    fn flush(&self, _invalidation: &Invalidation) {}
-}
-
-/// Private anonymous memory of the program.
-struct Memory {
-    start: *mut u64,
-    pages: usize,
-}
-
-impl Memory {
-    fn new(pages: usize) -> Self {
-        Self::with_prot(pages, libc::PROT_READ | libc::PROT_WRITE)
-    }
-
-    fn with_prot(pages: usize, prot: i32) -> Self {
-        let len = pages * 4096;
-        // SAFETY: an anonymous mapping at an address of the kernel's choice touches nothing that exists.
-        let start = unsafe {
-            libc::mmap(ptr::null_mut(), len, prot, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1, 0)
-        };
-        assert_ne!(start, libc::MAP_FAILED);
-        Self { start: start.cast(), pages }
-    }
-
-    /// 2 MiB aligned, and huge where the kernel has a huge page.
-    fn huge(blocks: usize) -> Self {
-        let memory = Self::new((blocks + 1) * 512);
-        let addr = (memory.start.addr()).next_multiple_of(2 << 20);
-        let start = memory.start.with_addr(addr);
-        // SAFETY: the range lies within the mapping just made.
-        let advised = unsafe { libc::madvise(start.cast(), blocks << 21, libc::MADV_HUGEPAGE) };
-        assert_eq!(advised, 0);
-        Self { start, pages: blocks * 512 }
-    }
-
-    fn range(&self) -> PageRange {
-        PageRange::new(VirtAddr::of(self.start), (self.pages * 4096) as u64).unwrap()
-    }
-
-    fn word(&self, page: usize) -> *mut u64 {
-        assert!(page < self.pages);
-        self.start.wrapping_add(page * 512)
-    }
-
-    fn get(&self, page: usize) -> u64 {
-        // SAFETY: the page is mapped for as long as the value lives; `word` checked the index.
-        unsafe { self.word(page).read_volatile() }
-    }
-
-    fn set(&self, page: usize, value: u64) {
-        // SAFETY: as for `get`.
-        unsafe { self.word(page).write_volatile(value) }
-    }
-
-    fn fill(&self) {
-        (0..self.pages).for_each(|n| self.set(n, stamp(n)));
-    }
-
-    fn check(&self) {
-        (0..self.pages).for_each(|n| assert_eq!(self.get(n), stamp(n), "page {n}"));
-    }
-}
-
-fn stamp(n: usize) -> u64 {
-    (n as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
-}
-
-fn mm_with(bytes: u64) -> (Mm, Mirror<Plain>) {
-    let mm = Mm::open().expect("a userfaultfd");
-    let mirror = mm.register(Plain::new(bytes)).expect("room for a device");
-    (mm, mirror)
-}
+use crate::common::{Memory, mm_with};
 
 #[test]
 fn pages_leave_and_a_touch_brings_them_home() {

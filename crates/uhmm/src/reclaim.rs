@@ -1,0 +1,225 @@
+//! Keeps the program's anonymous memory in RAM near a limit, by moving what is cold to devices.
+//!
+//! What is cold is found out by trying: a clock hand goes round the program's memory and sets pages aside in staging,
+//! where they cost no copy. A page that is touched there comes back for the price of a fault and a `MOVE`, and its
+//! block then stays for a while (see [`crate::policy`]); one that is not touched until it reaches the end of the queue
+//! is written to a device. So hot memory stays, without sampling and without access bits.
+//!
+//! ```text
+//!   program --(clock hand)--> staging, first in ... first out --(still untouched, room needed)--> device
+//!      ^                         |
+//!      +--------- touched -------+
+//! ```
+
+use std::{
+    sync::atomic::{
+        AtomicU64,
+        Ordering::{Acquire, Relaxed},
+    },
+    time::Duration,
+};
+
+use uhmm_sys::{
+    Errno,
+    addr::{PAGE_SIZE, PageRange, TASK_SIZE, VirtAddr},
+    arena,
+    maps::Vma,
+};
+
+use crate::{
+    block::{Block, Place},
+    device::DeviceId,
+    engine::Core,
+    migrate::{Holes, OtherDevices, Outcomes, PageOutcome, Plan, ResidencyRule, refusal},
+    os::Os,
+    page_set::PageSet,
+    thread::Ctx,
+    trace::Why,
+};
+
+/// Blocks that can stand in the queue.
+const QUEUE: usize = 1 << 15;
+/// How long to sleep when there is nothing to do, or little room left.
+const TICK: Duration = Duration::from_millis(4);
+/// A page stands in the queue at least so long before it is written out, unless room is needed at once.
+const TRIAL_MS: u64 = 30;
+
+/// Blocks with pages in staging, first in first out: a ring of addresses and times in the arena.
+struct Queue {
+    ring: &'static [[AtomicU64; 2]],
+    head: usize,
+    len: usize,
+}
+
+impl Queue {
+    fn new() -> Result<Self, Errno> {
+        Ok(Self { ring: arena::slice(QUEUE)?, head: 0, len: 0 })
+    }
+
+    fn push(&mut self, at: VirtAddr, now_ms: u64) -> Result<(), Errno> {
+        if self.len == self.ring.len() {
+            return Err(Errno::NOBUFS);
+        }
+        let n = (self.head + self.len) % self.ring.len();
+        self.ring[n][0].store(at.get(), Relaxed);
+        self.ring[n][1].store(now_ms, Relaxed);
+        self.len += 1;
+        Ok(())
+    }
+
+    fn front(&self) -> Option<(VirtAddr, u64)> {
+        let [at, since] = &self.ring[self.head];
+        (self.len != 0).then(|| (VirtAddr::new(at.load(Relaxed)), since.load(Relaxed)))
+    }
+
+    fn pop(&mut self) {
+        self.head = (self.head + 1) % self.ring.len();
+        self.len -= 1;
+    }
+}
+
+/// The hand of the clock.
+struct Hand {
+    at: VirtAddr,
+    /// Times it went past the end since anything could be set aside.
+    idle_rounds: u32,
+}
+
+impl<O: Os> Core<O> {
+    /// A reclaim thread's life.
+    pub(crate) fn run_reclaim(&'static self) {
+        let mut ctx = self.new_ctx();
+        let Ok(mut queue) = Queue::new() else { return };
+        let mut hand = Hand { at: VirtAddr::new(0), idle_rounds: 0 };
+        let mut last_rss = 0u64;
+        while self.stop.load(Relaxed) == 0 {
+            let limit = self.resident_limit.load(Acquire);
+            let Ok(rss) = self.os.anon_rss() else { return };
+            // What the program may add until the next look counts as there already.
+            let growth = rss.saturating_sub(last_rss).min(limit / 4);
+            last_rss = rss;
+            let over = (rss + growth).saturating_sub(limit - limit / 16);
+            if over == 0 {
+                hand.idle_rounds = 0;
+                std::thread::sleep(TICK);
+                continue;
+            }
+            self.wait_thawed();
+            self.refresh_excluded(&mut ctx);
+            let worked = self.reclaim(&mut ctx, &mut queue, &mut hand, over, rss > limit);
+            if !worked {
+                std::thread::sleep(TICK);
+            }
+        }
+    }
+
+    /// Frees about `over` bytes of RAM. Returns whether anything moved.
+    fn reclaim(&'static self, ctx: &mut Ctx, queue: &mut Queue, hand: &mut Hand, over: u64, urgent: bool) -> bool {
+        let mut need = over / PAGE_SIZE;
+        let mut worked = false;
+        for _ in 0..256 {
+            if need == 0 {
+                break;
+            }
+            let now = self.now_ms();
+            let ripe = queue.front().is_some_and(|(_, since)| urgent || now.saturating_sub(since) >= TRIAL_MS);
+            // Something stands in the queue at all times, so that what leaves for good has been tried first.
+            let enough = queue.len as u64 * 512 >= need.max(16 * 512) || queue.len * 2 > QUEUE;
+            if ripe && (enough || hand.idle_rounds > 1) {
+                let (at, _) = queue.front().expect("looked at above");
+                queue.pop();
+                let out = self.write_out(ctx, at);
+                worked |= out != 0;
+                need = need.saturating_sub(out);
+                continue;
+            }
+            if !enough && hand.idle_rounds < 2 {
+                worked |= self.set_aside_next(ctx, queue, hand);
+                continue;
+            }
+            break;
+        }
+        worked
+    }
+
+    /// Sets the pages of the next block aside that the hand comes upon. Returns whether any could be.
+    fn set_aside_next(&'static self, ctx: &mut Ctx, queue: &mut Queue, hand: &mut Hand) -> bool {
+        let Some(part) = self.next_part(hand) else { return false };
+        let plan = Plan {
+            to: None,
+            why: Why::Cold,
+            holes: Holes::Skip,
+            other_devices: OtherDevices::Leave,
+            residency: ResidencyRule::Obey,
+            owner: None,
+        };
+        let mut outcomes = Outcomes::new();
+        self.migrate_out(ctx, part, &plan, &mut outcomes);
+        if outcomes.pages(PageOutcome::Moved).is_empty() {
+            return false;
+        }
+        hand.idle_rounds = 0;
+        // A full queue only means that these pages are tried for as long as it takes to come round again.
+        let _ = queue.push(part.start().block(), self.now_ms());
+        true
+    }
+
+    /// The next part of a block with memory that may move; the hand goes past it.
+    pub(crate) fn next_part_after(&self, at: &mut VirtAddr) -> Option<PageRange> {
+        loop {
+            let vma: Vma = match self.os.vma(*at) {
+                Ok(Some(vma)) => vma,
+                Ok(None) | Err(_) => {
+                    *at = VirtAddr::new(0);
+                    return None;
+                }
+            };
+            let start = (*at).max(vma.range.start());
+            let rest = PageRange::from_ends(start, vma.range.end());
+            match rest {
+                Ok(rest) if refusal(&vma).is_none() && vma.prot.contains(uhmm_sys::maps::Prot::WRITE) => {
+                    let part = rest.intersection(PageRange::block_of(start)).expect("the block holds its address");
+                    *at = part.end();
+                    return Some(part);
+                }
+                _ => *at = vma.range.end(),
+            }
+            if at.get() >= TASK_SIZE {
+                *at = VirtAddr::new(0);
+                return None;
+            }
+        }
+    }
+
+    fn next_part(&self, hand: &mut Hand) -> Option<PageRange> {
+        let part = self.next_part_after(&mut hand.at);
+        if part.is_none() {
+            hand.idle_rounds += 1;
+        }
+        part
+    }
+
+    /// Writes the pages of a block out that still stand in staging. Returns how many went.
+    fn write_out(&'static self, ctx: &mut Ctx, at: VirtAddr) -> u64 {
+        let Some(block) = self.blocks.find(at) else { return 0 };
+        let staged = self.staged(block);
+        let mut out = 0;
+        for device in (0..u8::try_from(DeviceId::MAX).expect("few")).map(DeviceId) {
+            let rest = self.staged(block).and(&staged);
+            if rest.is_empty() {
+                break;
+            }
+            if self.devices.get(device).is_none_or(|e| !e.is_live() || e.pgmap().is_none()) {
+                continue;
+            }
+            out += self.push_staged(ctx, block, device, &rest, Why::Cold) as u64;
+        }
+        out
+    }
+
+    fn staged(&self, block: Block) -> PageSet {
+        (0..uhmm_sys::addr::BLOCK_PAGES)
+            .filter(|&i| matches!(block.word(i).place(), Place::Staged { exclusive: None, .. }))
+            .collect()
+    }
+}

@@ -1,0 +1,124 @@
+//! What the engine's tests share: the plainest device, and memory to watch.
+#![allow(dead_code, reason = "not every test file uses all of it")]
+#![allow(unsafe_code, reason = "tests make the memory that they then watch")]
+
+use std::ptr;
+
+use uhmm::{
+    Mirror, Mm,
+    addr::{PAGE_SIZE, PageRange, VirtAddr},
+    device::{CopyOp, Device, DeviceError, FrameRun, Invalidation, MemoryKind, MemorySpec},
+};
+use uhmm_sys::mem::Mapping;
+
+/// Frames in shared memory, and nothing else.
+pub struct Plain {
+    memory: Mapping,
+}
+
+impl Plain {
+    pub fn new(bytes: u64) -> Self {
+        Self { memory: Mapping::memfd("plain", bytes).unwrap() }
+    }
+}
+
+impl Device for Plain {
+    fn name(&self) -> &str {
+        "plain"
+    }
+
+    fn memory(&self) -> MemorySpec {
+        MemorySpec {
+            frames: u32::try_from(self.memory.len() / PAGE_SIZE).unwrap(),
+            kind: MemoryKind::Private,
+            survives_fork: false,
+        }
+    }
+
+    fn copy_to_device(&self, ops: &[CopyOp]) -> Result<(), DeviceError> {
+        ops.iter().for_each(|op| op.host.copy_to(&self.memory, op.frames.offset()));
+        Ok(())
+    }
+
+    fn copy_to_host(&self, ops: &[CopyOp]) -> Result<(), DeviceError> {
+        ops.iter().for_each(|op| op.host.copy_from(&self.memory, op.frames.offset()));
+        Ok(())
+    }
+
+    fn zero(&self, frames: FrameRun) -> Result<(), DeviceError> {
+        self.memory.zero(frames.offset(), frames.bytes());
+        Ok(())
+    }
+
+    fn flush(&self, _invalidation: &Invalidation) {}
+}
+
+/// Private anonymous memory of the program.
+pub struct Memory {
+    pub start: *mut u64,
+    pub pages: usize,
+}
+
+impl Memory {
+    pub fn new(pages: usize) -> Self {
+        Self::with_prot(pages, libc::PROT_READ | libc::PROT_WRITE)
+    }
+
+    pub fn with_prot(pages: usize, prot: i32) -> Self {
+        let len = pages * 4096;
+        // SAFETY: an anonymous mapping at an address of the kernel's choice touches nothing that exists.
+        let start = unsafe {
+            libc::mmap(ptr::null_mut(), len, prot, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1, 0)
+        };
+        assert_ne!(start, libc::MAP_FAILED);
+        Self { start: start.cast(), pages }
+    }
+
+    /// 2 MiB aligned, and huge where the kernel has a huge page.
+    pub fn huge(blocks: usize) -> Self {
+        let memory = Self::new((blocks + 1) * 512);
+        let addr = (memory.start.addr()).next_multiple_of(2 << 20);
+        let start = memory.start.with_addr(addr);
+        // SAFETY: the range lies within the mapping just made.
+        let advised = unsafe { libc::madvise(start.cast(), blocks << 21, libc::MADV_HUGEPAGE) };
+        assert_eq!(advised, 0);
+        Self { start, pages: blocks * 512 }
+    }
+
+    pub fn range(&self) -> PageRange {
+        PageRange::new(VirtAddr::of(self.start), (self.pages * 4096) as u64).unwrap()
+    }
+
+    pub fn word(&self, page: usize) -> *mut u64 {
+        assert!(page < self.pages);
+        self.start.wrapping_add(page * 512)
+    }
+
+    pub fn get(&self, page: usize) -> u64 {
+        // SAFETY: the page is mapped for as long as the value lives; `word` checked the index.
+        unsafe { self.word(page).read_volatile() }
+    }
+
+    pub fn set(&self, page: usize, value: u64) {
+        // SAFETY: as for `get`.
+        unsafe { self.word(page).write_volatile(value) }
+    }
+
+    pub fn fill(&self) {
+        (0..self.pages).for_each(|n| self.set(n, stamp(n)));
+    }
+
+    pub fn check(&self) {
+        (0..self.pages).for_each(|n| assert_eq!(self.get(n), stamp(n), "page {n}"));
+    }
+}
+
+pub fn stamp(n: usize) -> u64 {
+    (n as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
+}
+
+pub fn mm_with(bytes: u64) -> (Mm, Mirror<Plain>) {
+    let mm = Mm::open().expect("a userfaultfd");
+    let mirror = mm.register(Plain::new(bytes)).expect("room for a device");
+    (mm, mirror)
+}
