@@ -84,6 +84,8 @@ pub(crate) struct Core<O: Os> {
     /// Not zero while a fork is being prepared: nothing may leave.
     frozen: AtomicU32,
     started_ns: u64,
+    /// Most mappings that the kernel lets the process have.
+    pub(crate) max_mappings: u64,
     pub(crate) stop: AtomicU32,
     /// The limit that reclaim keeps, in bytes; see [`crate::reclaim`].
     pub(crate) resident_limit: AtomicU64,
@@ -134,6 +136,7 @@ impl<O: Os> Core<O> {
             outs: AtomicU32::new(0),
             frozen: AtomicU32::new(0),
             started_ns,
+            max_mappings: uhmm_sys::limits::max_map_count().unwrap_or(65_530),
             stop: AtomicU32::new(0),
             resident_limit: AtomicU64::new(u64::MAX),
             os,

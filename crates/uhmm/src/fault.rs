@@ -7,7 +7,7 @@
 use uhmm_sys::{
     Errno,
     addr::{BLOCK_PAGES, PAGE_SIZE, PageRange, VirtAddr},
-    uffd::Wake,
+    uffd::{RegisterMode, Wake},
 };
 
 use crate::{
@@ -144,12 +144,57 @@ impl<O: Os> Core<O> {
         if block.away() != 0 {
             return false;
         }
-        let range = PageRange::block_of(block.base());
-        let released = self.unregister_pieces(range);
+        let released = self.unregister_pieces(PageRange::block_of(block.base()));
         if released {
             self.stats.add(Counter::BlocksReleased, 1);
         }
         released
+    }
+
+    /// Gives `range` back to native faults, everything home: for a caller that is about to have another use for it.
+    /// Returns whether nothing of it is registered any more.
+    pub(crate) fn release_range(&'static self, ctx: &mut Ctx, range: PageRange) -> bool {
+        let mut done = true;
+        for part in range.iter_blocks() {
+            let Some(block) = self.blocks.find(part.start()) else {
+                done &= self.unregister_pieces(part);
+                continue;
+            };
+            let mut released = false;
+            for attempt in 0..ATTEMPTS {
+                self.block_home(ctx, block, &PageSet::of(part), Why::Asked, &mut |_, _| {});
+                if let Ok(_inside) = self.gate.enter(ctx.slot) {
+                    let _registration = block.lock_registration();
+                    released = self.away(block).and(&PageSet::of(part)).is_empty() && self.unregister_pieces(part);
+                }
+                if released {
+                    break;
+                }
+                self.settle_events(ctx, attempt);
+            }
+            done &= released;
+        }
+        done
+    }
+
+    /// Makes each mapping of `range` registered as a whole, if any part is: a mapping that is registered in parts is
+    /// several to the kernel, and `mremap` refuses more than one.
+    pub(crate) fn unsplit(&self, range: PageRange) {
+        let mut any = false;
+        self.blocks.for_each(range, |_| {
+            any = true;
+            std::ops::ControlFlow::Break(())
+        });
+        let mut at = range.start();
+        while any && let Ok(rest) = PageRange::from_ends(at, range.end()) {
+            let Ok(Some(vma)) = self.os.vma(at) else { return };
+            let Some(piece) = vma.range.intersection(rest) else { return };
+            if crate::migrate::refusal(&vma).is_none() {
+                // Where it fails the mapping was not split by us.
+                let _ = self.os.register(piece, RegisterMode::MISSING);
+            }
+            at = piece.end();
+        }
     }
 
     /// Unregisters `range` VMA by VMA: the kernel refuses a range with a VMA that cannot be registered in it.

@@ -50,6 +50,10 @@ pub(crate) enum Request {
     Exclusive { device: DeviceId, range: PageRange },
     /// Give up all translations of a range because the program is about to change its mapping.
     Invalidate { range: PageRange, cause: crate::device::Cause },
+    /// Bring everything home and unregister the range.
+    Release { range: PageRange },
+    /// Register each mapping as a whole.
+    Unsplit { range: PageRange },
     /// Prepare for a fork.
     ForkPrepare,
     /// Bring everything home and unregister all memory.

@@ -329,6 +329,19 @@ impl Mm {
         self.core.call(Request::Invalidate { range, cause }, |_, _| ());
     }
 
+    /// Brings everything of the range home and unregisters it, because the caller has a use for it that registered
+    /// memory does not allow: a userfaultfd of its own, say. Returns whether that is done.
+    #[must_use]
+    pub fn release(&self, range: PageRange) -> bool {
+        matches!(self.core.call(Request::Release { range }, |_, reply| reply), Reply::Left(0))
+    }
+
+    /// Makes each mapping in the range one to the kernel again, where registration had split it: before an `mremap`,
+    /// which refuses more than one.
+    pub fn unsplit(&self, range: PageRange) {
+        self.core.call(Request::Unsplit { range }, |_, _| ());
+    }
+
     /// Whether any device has translations that an invalidation could concern.
     #[must_use]
     pub fn is_mirrored(&self) -> bool {
@@ -385,12 +398,12 @@ impl Mm {
     /// # Errors
     /// [`Left`] where pages could not come home; the engine keeps serving them.
     pub fn close(self) -> Result<(), Left> {
-        let left = self.release();
+        let left = self.end_use();
         std::mem::forget(self);
         left
     }
 
-    fn release(&self) -> Result<(), Left> {
+    fn end_use(&self) -> Result<(), Left> {
         let mut current = lock(&process().current);
         current.users -= 1;
         if current.users != 0 {
@@ -414,7 +427,7 @@ impl Clone for Mm {
 impl Drop for Mm {
     fn drop(&mut self) {
         // Whoever wants to know what did not come home calls `close`.
-        let _ = self.release();
+        let _ = self.end_use();
     }
 }
 

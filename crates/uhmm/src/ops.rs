@@ -73,6 +73,11 @@ impl<O: Os> Core<O> {
                 drop(self.invalidate(&Invalidation { range, cause, owner: None }));
                 Reply::Done
             }
+            Request::Release { range } => Reply::Left(usize::from(!self.release_range(ctx, range))),
+            Request::Unsplit { range } => {
+                self.unsplit(range);
+                Reply::Done
+            }
             Request::ForkPrepare => {
                 self.freeze();
                 let whole = whole_space();

@@ -21,9 +21,9 @@ use std::{
 
 use uhmm_sys::{
     Errno,
-    addr::{PAGE_SIZE, PageRange, TASK_SIZE, VirtAddr},
+    addr::{PAGE_SIZE, PageRange, VirtAddr},
     arena,
-    maps::Vma,
+    maps::{Backing, Prot, Vma},
 };
 
 use crate::{
@@ -36,6 +36,12 @@ use crate::{
     thread::Ctx,
     trace::Why,
 };
+
+/// Whether policies move memory of this mapping: not read-only memory, which cannot be moved atomically (see
+/// [`crate::freeze`]), and not the main thread's stack, whose bounds programs read from `/proc/self/maps`.
+fn is_for_policies(vma: &Vma) -> bool {
+    refusal(vma).is_none() && vma.prot.contains(Prot::WRITE) && vma.backing != Backing::Stack
+}
 
 /// Blocks that can stand in the queue.
 const QUEUE: usize = 1 << 15;
@@ -80,9 +86,18 @@ impl Queue {
 
 /// The hand of the clock.
 struct Hand {
-    at: VirtAddr,
+    walk: Walk,
     /// Times it went past the end since anything could be set aside.
     idle_rounds: u32,
+}
+
+/// A policy's walk through the program's memory, round and round.
+#[derive(Debug, Default)]
+pub(crate) struct Walk {
+    at: VirtAddr,
+    /// Mappings seen in this round, and in the last.
+    mappings: u64,
+    last_mappings: u64,
 }
 
 impl<O: Os> Core<O> {
@@ -90,7 +105,7 @@ impl<O: Os> Core<O> {
     pub(crate) fn run_reclaim(&'static self) {
         let mut ctx = self.new_ctx();
         let Ok(mut queue) = Queue::new() else { return };
-        let mut hand = Hand { at: VirtAddr::new(0), idle_rounds: 0 };
+        let mut hand = Hand { walk: Walk::default(), idle_rounds: 0 };
         let mut last_rss = 0u64;
         while self.stop.load(Relaxed) == 0 {
             let limit = self.resident_limit.load(Acquire);
@@ -144,7 +159,10 @@ impl<O: Os> Core<O> {
 
     /// Sets the pages of the next block aside that the hand comes upon. Returns whether any could be.
     fn set_aside_next(&'static self, ctx: &mut Ctx, queue: &mut Queue, hand: &mut Hand) -> bool {
-        let Some(part) = self.next_part(hand) else { return false };
+        let Some(part) = self.next_part(&mut hand.walk) else {
+            hand.idle_rounds += 1;
+            return false;
+        };
         let plan = Plan {
             to: None,
             why: Why::Cold,
@@ -164,39 +182,33 @@ impl<O: Os> Core<O> {
         true
     }
 
-    /// The next part of a block with memory that may move; the hand goes past it.
-    pub(crate) fn next_part_after(&self, at: &mut VirtAddr) -> Option<PageRange> {
+    /// The next part of a block with memory that may move; the walk goes past it. `None` at the end of a round, or where
+    /// the process has so many mappings that registering more could keep it from making its own.
+    pub(crate) fn next_part(&self, walk: &mut Walk) -> Option<PageRange> {
         loop {
+            let at = &mut walk.at;
             let vma: Vma = match self.os.vma(*at) {
                 Ok(Some(vma)) => vma,
                 Ok(None) | Err(_) => {
-                    *at = VirtAddr::new(0);
+                    *walk = Walk { at: VirtAddr::new(0), mappings: 0, last_mappings: walk.mappings };
                     return None;
                 }
             };
+            if *at <= vma.range.start() {
+                walk.mappings += 1;
+            }
+            let crowded = walk.mappings.max(walk.last_mappings) > self.max_mappings / 2;
             let start = (*at).max(vma.range.start());
             let rest = PageRange::from_ends(start, vma.range.end());
             match rest {
-                Ok(rest) if refusal(&vma).is_none() && vma.prot.contains(uhmm_sys::maps::Prot::WRITE) => {
+                Ok(rest) if is_for_policies(&vma) && !crowded => {
                     let part = rest.intersection(PageRange::block_of(start)).expect("the block holds its address");
                     *at = part.end();
                     return Some(part);
                 }
                 _ => *at = vma.range.end(),
             }
-            if at.get() >= TASK_SIZE {
-                *at = VirtAddr::new(0);
-                return None;
-            }
         }
-    }
-
-    fn next_part(&self, hand: &mut Hand) -> Option<PageRange> {
-        let part = self.next_part_after(&mut hand.at);
-        if part.is_none() {
-            hand.idle_rounds += 1;
-        }
-        part
     }
 
     /// Writes the pages of a block out that still stand in staging. Returns how many went.

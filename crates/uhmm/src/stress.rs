@@ -16,6 +16,7 @@ use crate::{
     engine::Core,
     migrate::{Holes, OtherDevices, Outcomes, Plan, ResidencyRule},
     os::Os,
+    reclaim::Walk,
     trace::Why,
 };
 
@@ -64,7 +65,7 @@ impl<O: Os> Core<O> {
     pub(crate) fn run_stress(&'static self) {
         let mut ctx = self.new_ctx();
         let mut random = Random::new(SEED.fetch_add(1, Relaxed));
-        let mut at = VirtAddr::new(0);
+        let mut walk = Walk::default();
         let mut rounds = 0u64;
         while self.stop.load(Relaxed) == 0 {
             self.wait_thawed();
@@ -75,7 +76,7 @@ impl<O: Os> Core<O> {
             // Walk on by a random number of parts: cheap, and every part has its turn.
             let mut part = None;
             for _ in 0..=random.below(8) {
-                part = self.next_part_after(&mut at);
+                part = self.next_part(&mut walk);
             }
             if let Some(part) = part {
                 self.stress_once(&mut ctx, part, &mut random);
