@@ -10,6 +10,7 @@
 //! uffd              userfaultfd
 //! pagemap, maps     what the page tables and the map of the process say
 //! access            the program's memory, as a system call reaches it
+//! area              ordinary memory to measure with
 //! thread, tls       threads whose stacks cannot be away
 //! fence, futex      ordering and waiting
 //! probe             what this kernel lets this process do; the mask for tests
@@ -21,6 +22,7 @@
 #[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
 pub mod access;
 pub mod addr;
+pub mod area;
 pub mod arena;
 pub mod exclude;
 pub mod fence;
