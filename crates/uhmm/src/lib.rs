@@ -24,6 +24,7 @@ mod page_set;
 pub mod pgmap;
 pub mod policy;
 pub mod reclaim;
+pub mod session;
 mod staging;
 pub mod stress;
 pub mod sync;
