@@ -122,3 +122,12 @@ pub fn mm_with(bytes: u64) -> (Mm, Mirror<Plain>) {
     let mirror = mm.register(Plain::new(bytes)).expect("room for a device");
     (mm, mirror)
 }
+
+/// Waits until `condition` holds, for at most five seconds.
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = std::time::Instant::now();
+    while !condition() {
+        assert!(start.elapsed().as_secs() < 5, "not within 5 s: {what}");
+        std::thread::yield_now();
+    }
+}
