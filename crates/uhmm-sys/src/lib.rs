@@ -35,6 +35,7 @@ pub mod mem;
 pub mod pagemap;
 pub mod probe;
 mod raw;
+pub mod signal;
 mod spin;
 pub mod thread;
 mod tls;
