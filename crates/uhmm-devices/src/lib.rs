@@ -1,1 +1,4 @@
 //! Devices for uhmm.
+#![deny(unsafe_code)]
+
+pub mod soft;
