@@ -215,6 +215,11 @@ impl Block {
         self.head[HEAD_AWAY].load(Acquire)
     }
 
+    /// Whether somebody holds one of `pages`: it may be on its way out, and not yet count as away.
+    pub(crate) fn any_held(&self, pages: &PageSet) -> bool {
+        pages.iter().any(|i| self.word(i).locked())
+    }
+
     /// Since when page `i` is where it is, and why.
     pub(crate) fn history(&self, i: usize) -> (u32, Why) {
         let packed = self.since[i].load(Relaxed);

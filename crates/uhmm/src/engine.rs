@@ -183,12 +183,26 @@ impl<O: Os> Core<O> {
         self.notifiers.invalidate(invalidation)
     }
 
-    /// Gives a chunk's memory back to the kernel.
+    /// Gives a chunk's memory back to the kernel, and the chunk to staging.
     pub(crate) fn zap_chunk(&self, chunk: Chunk) {
         // Where the kernel refuses, the chunk is lost to us; its pages are garbage anyway.
-        if self.os.zap(self.staging.chunk_range(chunk)).is_ok() {
+        if self.empty_chunk(chunk) {
             self.staging.put_empty(chunk);
         }
+    }
+
+    /// Gives a chunk's memory back to the kernel.
+    ///
+    /// Dropping registered pages raises an event and waits until it is read: by a handler, which may be the caller.
+    /// So the chunk is not registered meanwhile.
+    pub(crate) fn empty_chunk(&self, chunk: Chunk) -> bool {
+        let range = self.staging.chunk_range(chunk);
+        if !self.os.has_move() {
+            return self.os.zap(range).is_ok();
+        }
+        self.os.unregister(range).is_ok()
+            && self.os.zap(range).is_ok()
+            && self.os.register(range, RegisterMode::WP).is_ok()
     }
 
     /// Collects what must not move, as of now.

@@ -141,7 +141,8 @@ impl<O: Os> Core<O> {
     pub(crate) fn release_block(&'static self, ctx: &mut Ctx, block: Block) -> bool {
         let Ok(_inside) = self.gate.enter(ctx.slot) else { return false };
         let Some(_registration) = block.try_lock_registration() else { return false };
-        if block.away() != 0 {
+        // A page that is copied out of the program (see `freeze`) relies on the registration before it counts as away.
+        if block.away() != 0 || block.any_held(&PageSet::ALL) {
             return false;
         }
         let released = self.unregister_pieces(PageRange::block_of(block.base()));
@@ -165,7 +166,10 @@ impl<O: Os> Core<O> {
                 self.block_home(ctx, block, &PageSet::of(part), Why::Asked, &mut |_, _| {});
                 if let Ok(_inside) = self.gate.enter(ctx.slot) {
                     let _registration = block.lock_registration();
-                    released = self.away(block).and(&PageSet::of(part)).is_empty() && self.unregister_pieces(part);
+                    let pages = PageSet::of(part);
+                    released = self.away(block).and(&pages).is_empty()
+                        && !block.any_held(&pages)
+                        && self.unregister_pieces(part);
                 }
                 if released {
                     break;

@@ -86,32 +86,32 @@ impl<O: Os> Core<O> {
     ) -> PageSet {
         let mut taken = PageSet::EMPTY;
         for run in left.runs() {
-            match self.copy_run_out(ctx, transit, chunk, run) {
-                Ok(pages) => {
-                    *left = left.minus(&PageSet::span(run.first, run.first + run.count));
-                    taken = taken.or(&pages);
-                }
-                Err(error) => {
-                    let range = transit.block().run(run);
+            if let Err(error) = self.copy_run_out(ctx, transit, chunk, run, &mut taken) {
+                let rest = PageSet::span(run.first, run.first + run.count).minus(&taken);
+                for part in rest.runs() {
+                    let range = transit.block().run(part);
                     // Where this fails the mapping is gone, and with it the protection.
                     let _ = self.os.write_unprotect(range);
                     self.os.wake(range);
-                    if error == Errno::AGAIN {
-                        pass.again = pass.again.or(&PageSet::span(run.first, run.first + run.count));
-                    }
+                }
+                if error == Errno::AGAIN {
+                    pass.again = pass.again.or(&rest);
                 }
             }
         }
+        *left = left.minus(&taken);
         taken
     }
 
+    /// Adds to `taken` what is gone from the program, also when it stops half-way.
     fn copy_run_out(
         &'static self,
         ctx: &mut Ctx,
         transit: &mut Transit<'_>,
         chunk: Chunk,
         run: Run,
-    ) -> Result<PageSet, Errno> {
+        taken: &mut PageSet,
+    ) -> Result<(), Errno> {
         let range = transit.block().run(run);
         let changes = self.own_drops.changes.load(SeqCst);
         {
@@ -127,7 +127,8 @@ impl<O: Os> Core<O> {
             let bytes = self.staging.bytes(chunk.slot(part.first), part.count);
             let copied = self.os.read(transit.block().page(part.first), bytes);
             if copied.done != part.bytes() {
-                return Err(copied.stop.unwrap_or(Errno::FAULT));
+                // A page that was there a moment ago is gone: the program dropped it. Look anew.
+                return Err(if copied.stop == Some(Errno::IO) { Errno::AGAIN } else { Errno::FAULT });
             }
         }
         for part in present.runs() {
@@ -139,11 +140,17 @@ impl<O: Os> Core<O> {
             }
             let dropped = self.os.zap(range);
             self.own_drops.withdraw(ctx.slot);
-            dropped?;
+            match dropped {
+                // Unmapped in part meanwhile: that event waits for these pages, and drops them then.
+                Ok(()) | Err(Errno::NOMEM) => {}
+                Err(error) => return Err(error),
+            }
             for i in part.pages() {
                 transit.set(i, Place::Staged { slot: chunk.slot(i), exclusive: None });
+                taken.insert(i);
             }
         }
-        Ok(PageSet::span(run.first, run.first + run.count))
+        *taken = taken.or(&PageSet::span(run.first, run.first + run.count));
+        Ok(())
     }
 }

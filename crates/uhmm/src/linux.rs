@@ -1,7 +1,8 @@
 //! The seam's Linux side: [`LinuxMm`] is the process it runs in.
 
 use uhmm_sys::{
-    Errno, access,
+    Errno,
+    access::{self, UnwaitingReader},
     addr::{PageRange, VirtAddr},
     arena, exclude,
     maps::{self, Maps, Prot, Vma},
@@ -23,6 +24,7 @@ pub struct LinuxMm {
     uffd: Uffd,
     pagemap: Pagemap,
     maps: Maps,
+    reader: UnwaitingReader,
     has_move: bool,
 }
 
@@ -50,7 +52,8 @@ impl LinuxMm {
         let has_move = uffd.features().contains(Features::MOVE) && !masked(Cap::Move);
         let pagemap = Pagemap::open().map_err(StartError::Proc)?;
         let maps = Maps::open().map_err(StartError::Proc)?;
-        Ok(Self { start: std::time::Instant::now(), uffd, pagemap, maps, has_move })
+        let reader = UnwaitingReader::open().map_err(StartError::Proc)?;
+        Ok(Self { start: std::time::Instant::now(), uffd, pagemap, maps, reader, has_move })
     }
 }
 
@@ -171,6 +174,6 @@ impl Os for LinuxMm {
     }
 
     fn read(&self, src: VirtAddr, dst: HostBytes) -> Copied {
-        access::read_to_host(src, dst)
+        self.reader.read_to_host(src, dst)
     }
 }

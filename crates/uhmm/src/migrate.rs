@@ -658,8 +658,7 @@ impl<O: Os> Core<O> {
     fn staging_chunk(&self) -> Option<Chunk> {
         self.staging.take_empty().or_else(|| {
             let chunk = self.staging.shrink()?;
-            self.os.zap(self.staging.chunk_range(chunk)).ok()?;
-            Some(chunk)
+            self.empty_chunk(chunk).then_some(chunk)
         })
     }
 

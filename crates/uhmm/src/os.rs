@@ -142,6 +142,7 @@ pub trait Os: Send + Sync + std::fmt::Debug + 'static {
     /// # Errors
     /// Whatever `mprotect(2)` answers.
     fn protect(&self, range: PageRange, prot: Prot) -> Result<(), Errno>;
-    /// Reads the program's memory as a system call would: obeying protection, surviving its absence.
+    /// Reads the program's memory, surviving its absence. Never waits for a page that only the engine could bring:
+    /// where one is missing it stops with `EIO`.
     fn read(&self, src: VirtAddr, dst: HostBytes) -> Copied;
 }
