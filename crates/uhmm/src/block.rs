@@ -220,6 +220,18 @@ impl Block {
         pages.iter().any(|i| self.word(i).locked())
     }
 
+    /// In a forked child, before any of its engine threads runs: gives page `i` a place, whoever held its lock.
+    pub(crate) fn settle_in_child(&self, i: usize, place: Place) {
+        self.words[i].store(Word::of(place).0, Release);
+    }
+
+    /// In a forked child, before any of its engine threads runs: makes the head agree with the words.
+    pub(crate) fn recount_in_child(&self) {
+        let away = self.words.iter().filter(|w| !Word(w.load(Relaxed)).is_cpu()).count();
+        self.head[HEAD_AWAY].store(away as u64, Release);
+        self.head[HEAD_REGISTRATION].store(0, Release);
+    }
+
     /// Since when page `i` is where it is, and why.
     pub(crate) fn history(&self, i: usize) -> (u32, Why) {
         let packed = self.since[i].load(Relaxed);
@@ -424,6 +436,19 @@ impl Blocks {
             heads: arena::slice(capacity)?,
             used: AtomicU32::new(0),
         })
+    }
+
+    /// The records as a forked child has them: its own copy of the same memory.
+    pub(crate) fn inherit(&self) -> Self {
+        Self {
+            root: self.root,
+            leaves: self.leaves,
+            leaves_used: AtomicU32::new(self.leaves_used.load(Acquire)),
+            words: self.words,
+            since: self.since,
+            heads: self.heads,
+            used: AtomicU32::new(self.used.load(Acquire)),
+        }
     }
 
     fn slot(addr: VirtAddr) -> Option<(usize, usize)> {

@@ -208,6 +208,17 @@ pub trait Device: Send + Sync + 'static {
     /// Ends what [`Device::close_gate`] began.
     fn open_gate(&self) {}
 
+    /// Called on the thread that forks, before a fork after which the child will use the frames too
+    /// ([`MemorySpec::survives_fork`]).
+    fn before_fork(&self) {}
+
+    /// Called on the thread that forked, in the parent, after [`Device::before_fork`].
+    fn after_fork_in_parent(&self) {}
+
+    /// Called in the child, where only the calling thread exists, before anything else is asked of the device: state
+    /// that the parent's threads were in the middle of changing has to be made right.
+    fn after_fork_in_child(&self) {}
+
     /// Tells that frames are free again; the device may give their backing store back.
     fn freed(&self, _frames: FrameRun) {}
 }

@@ -12,6 +12,7 @@ use crate::{
     device_table::DeviceTable,
     notifier::Subscription,
     pgmap::Pgmap,
+    sync::Words,
 };
 
 const LIVE: u32 = 0;
@@ -21,7 +22,9 @@ const LEAVING: u32 = 1;
 pub(crate) struct Entry {
     id: DeviceId,
     device: &'static dyn Device,
-    pgmap: Option<Pgmap>,
+    /// The pgmap, and the words that it lives in, which a forked child shares.
+    pgmap: Option<(Pgmap, Words)>,
+    survives_fork: bool,
     table: &'static DeviceTable,
     subscription: Subscription,
     state: AtomicU32,
@@ -37,11 +40,22 @@ impl Entry {
     pub(crate) fn new(
         id: DeviceId,
         device: &'static dyn Device,
-        pgmap: Option<Pgmap>,
+        pgmap: Option<(Pgmap, Words)>,
+        survives_fork: bool,
         table: &'static DeviceTable,
         subscription: Subscription,
     ) -> Self {
-        Self { id, device, pgmap, table, subscription, state: AtomicU32::new(LIVE) }
+        Self { id, device, pgmap, survives_fork, table, subscription, state: AtomicU32::new(LIVE) }
+    }
+
+    /// Whether a forked child can use the frames.
+    pub(crate) const fn survives_fork(&self) -> bool {
+        self.survives_fork
+    }
+
+    /// The words of the pgmap, for another view of it.
+    pub(crate) fn pgmap_words(&self) -> Option<Words> {
+        self.pgmap.as_ref().map(|(_, words)| *words)
     }
 
     pub(crate) const fn id(&self) -> DeviceId {
@@ -60,14 +74,14 @@ impl Entry {
         &self.subscription
     }
 
-    pub(crate) const fn pgmap(&self) -> Option<&Pgmap> {
-        self.pgmap.as_ref()
+    pub(crate) fn pgmap(&self) -> Option<&Pgmap> {
+        self.pgmap.as_ref().map(|(pgmap, _)| pgmap)
     }
 
     /// Frames for up to `pages` pages: one unit of a whole block if `huge` and to be had, else as long a run as is
     /// cheap. `None` when the device is full or leaving.
     pub(crate) fn alloc(&self, pages: usize, huge: bool) -> Option<FrameRun> {
-        let pgmap = self.pgmap.as_ref()?;
+        let pgmap = self.pgmap()?;
         if self.state.load(Acquire) != LIVE {
             return None;
         }
@@ -83,17 +97,17 @@ impl Entry {
 
     /// Gives frames back; those that nobody shares become free.
     pub(crate) fn free(&self, frames: FrameRun) {
-        let Some(pgmap) = self.pgmap.as_ref() else { return };
+        let Some(pgmap) = self.pgmap() else { return };
         pgmap.put_run(frames, |run| self.device.freed(run));
     }
 
     /// Whether a frame belongs to a forked child as well.
     pub(crate) fn is_shared(&self, pfn: DevPfn) -> bool {
-        self.pgmap.as_ref().is_some_and(|p| p.refs(pfn) > 1)
+        self.pgmap().is_some_and(|p| p.refs(pfn) > 1)
     }
 
     pub(crate) fn set_hint(&self, pfn: DevPfn, page: VirtAddr) {
-        if let Some(pgmap) = &self.pgmap {
+        if let Some(pgmap) = self.pgmap() {
             pgmap.set_hint(pfn, Some(page));
         }
     }
@@ -101,7 +115,7 @@ impl Entry {
     /// Takes no more pages.
     pub(crate) fn leave(&self) {
         self.state.store(LEAVING, std::sync::atomic::Ordering::Release);
-        if let Some(pgmap) = &self.pgmap {
+        if let Some(pgmap) = self.pgmap() {
             pgmap.close();
         }
     }
@@ -144,6 +158,13 @@ impl Devices {
             }
         }
         Err(AddError::TooMany)
+    }
+
+    /// Puts a device into the place of its number, in a table that is not in use yet.
+    pub(crate) fn put(&self, entry: Entry) -> Result<(), Errno> {
+        let entry: &'static Entry = arena::value(entry)?;
+        *self.slots[entry.id().index()].write().expect("nobody panics with this lock held") = Some(entry);
+        Ok(())
     }
 
     pub(crate) fn remove(&self, id: DeviceId) {

@@ -34,6 +34,7 @@ use crate::{
     device::Invalidation,
     devices::Devices,
     events::Deferred,
+    fork::Homecomings,
     freeze::OwnDrops,
     gate::{Gate, pause},
     job::{JOBS, Job, Reply, Request},
@@ -83,6 +84,8 @@ pub(crate) struct Core<O: Os> {
     outs: AtomicU32,
     /// Not zero while a fork is being prepared: nothing may leave.
     frozen: AtomicU32,
+    /// Pages that came home while a fork was under way.
+    pub(crate) homecomings: Homecomings,
     started_ns: u64,
     /// Most mappings that the kernel lets the process have.
     pub(crate) max_mappings: u64,
@@ -120,9 +123,14 @@ impl<O: Os> Core<O> {
         if os.has_move() {
             os.register(staging.range(), RegisterMode::WP)?;
         }
+        Self::assemble(os, Blocks::new(config.max_blocks)?, staging, stats)
+    }
+
+    /// Puts the parts of an address space together.
+    pub(crate) fn assemble(os: O, blocks: Blocks, staging: Staging, stats: Stats) -> Result<Self, Errno> {
         let started_ns = os.now_ns();
         Ok(Self {
-            blocks: Blocks::new(config.max_blocks)?,
+            blocks,
             staging,
             gate: Gate::new(),
             devices: Devices::default(),
@@ -135,6 +143,7 @@ impl<O: Os> Core<O> {
             threads: AtomicU32::new(0),
             outs: AtomicU32::new(0),
             frozen: AtomicU32::new(0),
+            homecomings: Homecomings::new()?,
             started_ns,
             max_mappings: uhmm_sys::limits::max_map_count().unwrap_or(65_530),
             stop: AtomicU32::new(0),
@@ -239,6 +248,11 @@ impl<O: Os> Core<O> {
 
     pub(crate) fn thaw(&self) {
         self.frozen.fetch_sub(1, SeqCst);
+    }
+
+    /// Whether a fork is under way.
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.frozen.load(SeqCst) != 0
     }
 
     // Threads.

@@ -129,6 +129,9 @@ impl<O: Os> Core<O> {
                 continue;
             }
             let place = self.hold_draining(&mut transit, i, reader);
+            if let Place::Device { device, pfn } = place {
+                self.note_homecoming(block, crate::page_set::Run { first: i, count: 1 }, device, pfn);
+            }
             transit.put(i, Place::Cpu);
             match place {
                 Place::Cpu | Place::Poisoned { .. } => continue,
@@ -230,18 +233,23 @@ impl<O: Os> Core<O> {
 
     /// Takes page `i`, waiting for its holder; meanwhile reads the events that holders themselves raise.
     ///
-    /// A holder that drops pages (see [`crate::freeze`]) waits in the kernel until its own event is read.
+    /// A holder that drops pages (see [`crate::freeze`]) waits in the kernel until its own event is read, and may begin
+    /// to at any time.
     fn hold_draining(&self, transit: &mut Transit<'_>, i: usize, reader: &mut Deferred<O::Child>) -> Place {
+        let start = std::time::Instant::now();
         let mut spins = 0;
         loop {
             if let Ok(place) = transit.try_hold(i) {
                 return place;
             }
-            if !self.own_drops.any() {
-                return transit.hold(i);
-            }
             pause(&mut spins);
-            if !reader.is_full() {
+            assert!(
+                spins < 8192 || start.elapsed().as_secs() < 60,
+                "page {} is held for a minute: {:?}",
+                transit.block().page(i),
+                transit.block().word(i)
+            );
+            if self.own_drops.any() && !reader.is_full() {
                 match self.os.next_event() {
                     Ok(Some(Event::Remove(range))) if self.own_drops.is_own(range) => {}
                     // It faults anew, and is served when the gate is open.
@@ -251,6 +259,7 @@ impl<O: Os> Core<O> {
                     Err(error) => panic!("reading the userfaultfd failed: {error}"),
                 }
             }
+            self.own_drops.looked();
         }
     }
 }

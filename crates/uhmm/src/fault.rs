@@ -43,8 +43,18 @@ impl<O: Os> Core<O> {
                 }
             }
             if wp {
-                // Protection that a finished operation left behind.
-                let _ = self.os.write_unprotect(page);
+                // Protection that a finished operation left behind; under the page's lock, or the next operation's
+                // would be lifted.
+                let mut transit = Transit::new(block, self);
+                if transit.try_hold(i).is_err() {
+                    continue;
+                }
+                let lifted = self.os.write_unprotect(page);
+                drop(transit);
+                if lifted == Err(Errno::AGAIN) {
+                    self.settle_events(ctx, attempt);
+                    continue;
+                }
                 return self.os.wake(page);
             }
             match word.place() {

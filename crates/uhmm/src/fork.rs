@@ -1,34 +1,78 @@
 //! Forks: the child sees exactly the bytes of the moment of `fork`, whatever then happens to the parent.
 //!
-//! - A fork by libc is prepared for: what is leaving ends, nothing leaves any more, and every page comes home. The
-//!   child then has all bytes by the kernel's own copy-on-write, and needs nobody.
-//! - A fork by a raw system call raises an event where the process is privileged, and the child is given the bytes of
-//!   the pages that are away before anything else happens (see [`crate::events`]). `uhmm doctor` says where it is not.
-//! - `vfork` and `posix_spawn` share the memory; the parent's handlers serve the child's faults as their own.
+//! A fork by libc is prepared for: what is leaving ends, nothing leaves any more, and pages in staging come home. For
+//! pages on devices there are two ways:
 //!
-//! In the child the parent's engine does not exist: its threads are not there, its devices are not the child's. The
-//! child starts its own at the first use.
+//! - *Home*: they come home too. The child then has all bytes by the kernel's own copy-on-write, and needs nobody.
+//! - *Shared*: frames of devices whose memory the child can reach get one reference more, and stay. The child takes
+//!   its copy of the page states over, with a userfaultfd and threads of its own, before `fork` returns there. Neither
+//!   writes to a frame that the other has too: a device that wants to write brings the page home first. This keeps a
+//!   process that forks to save itself (a database) from filling RAM.
+//!
+//! In the child each page that is away by the books is looked up in the child's own page table: a page that was on its
+//! way home at that moment is either there, and then newer, or not, and then still in its frame. Pages that came home
+//! between the preparation and the fork are in a log, so that the child can give their references back.
+//!
+//! A fork by a raw system call raises an event where the process is privileged, and the child is given the bytes of
+//! the pages that are away before anything else happens (see [`crate::events`]). `uhmm doctor` says where it is not.
+//! `vfork` and `posix_spawn` share the memory; the parent's handlers serve the child's faults as their own.
+//!
+//! Not covered: an `mremap` or `munmap` of pages that are away by another thread in the very instant of the fork, whose
+//! event has not been read yet.
 
-use std::sync::{
-    OnceLock,
-    atomic::{
-        AtomicBool, AtomicUsize,
-        Ordering::{Acquire, Relaxed, Release},
+use std::{
+    ops::ControlFlow,
+    sync::{
+        Mutex, OnceLock, PoisonError,
+        atomic::{
+            AtomicBool, AtomicU64, AtomicUsize,
+            Ordering::{AcqRel, Acquire, Relaxed, Release},
+        },
     },
+    time::{Duration, Instant},
 };
 
-use uhmm_sys::fork;
+use uhmm_sys::{
+    Errno,
+    addr::{BLOCK_PAGES, PageRange, VirtAddr},
+    arena, fork,
+    pagemap::Page,
+    uffd::{RegisterMode, Wake},
+};
 
 use crate::{
+    block::{Block, Place, Transit},
+    device::{Cause, DevPfn, DeviceId, Invalidation},
+    engine::Core,
+    gate::pause,
     job::Request,
-    mm::{self, current_core},
+    linux::LinuxMm,
+    mm,
+    ops::whole_space,
+    os::Os,
+    page_set::{PageSet, Run},
+    staging::Staging,
+    thread::Ctx,
+    trace::{Counter, Why},
 };
 
+/// What becomes of pages on devices at a fork.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// They come home.
+    Home,
+    /// Their frames are shared, where the device can.
+    Shared,
+}
+
 static REGISTERED: OnceLock<bool> = OnceLock::new();
-static PREPARED: AtomicBool = AtomicBool::new(false);
 static IN_CHILD: OnceLock<fn()> = OnceLock::new();
 /// How many forks lie between this process and the one that was executed.
 static GENERATION: AtomicUsize = AtomicUsize::new(0);
+/// Taken from the preparation of a fork to its end: forks take turns.
+static TURN: AtomicBool = AtomicBool::new(false);
+/// What the fork whose turn it is was prepared for. Only its thread takes the lock.
+static UNDER_WAY: Mutex<Option<(&'static Core<LinuxMm>, Sharing)>> = Mutex::new(None);
 
 /// Has `f` called in each forked child, after the engine's state was made right there. The first call counts.
 pub fn after_fork_in_child(f: fn()) {
@@ -46,27 +90,268 @@ pub fn register() -> bool {
 }
 
 extern "C" fn prepare() {
-    if let Some(core) = current_core() {
-        core.call(Request::ForkPrepare, |_, _| ());
-        PREPARED.store(true, Relaxed);
+    let mut spins = 0;
+    while TURN.swap(true, AcqRel) {
+        pause(&mut spins);
     }
+    let under_way = mm::current().map(|(core, threads)| {
+        // The child needs a userfaultfd at once; a thread that has dropped its privileges may not be able to get one.
+        let sharing = match threads {
+            mm::Threads::Hidden if LinuxMm::can_open() => Sharing::Shared,
+            mm::Threads::Hidden | mm::Threads::Ordinary => Sharing::Home,
+        };
+        core.call(Request::ForkPrepare { sharing }, |_, _| ());
+        if sharing == Sharing::Shared {
+            core.devices.for_each(|entry| entry.device().before_fork());
+            // What libc itself touches in the child before it calls us.
+            fork::touch_stdio();
+        }
+        (core, sharing)
+    });
+    *UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner) = under_way;
+    fork::set_errno(0);
 }
 
 extern "C" fn parent() {
-    if PREPARED.swap(false, Relaxed)
-        && let Some(core) = current_core()
-    {
-        // Not a job: the movers may all be waiting for just this.
-        core.thaw();
+    let failed = fork::errno();
+    let under_way = UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match under_way {
+        Some((core, Sharing::Shared)) => {
+            core.devices.for_each(|entry| entry.device().after_fork_in_parent());
+            if failed == 0 {
+                // Not a job: the movers may all be waiting for just this.
+                core.thaw();
+            } else {
+                core.call(Request::ForkFailed, |_, _| ());
+            }
+        }
+        Some((core, Sharing::Home)) => core.thaw(),
+        None => {}
     }
+    TURN.store(false, Release);
+    fork::set_errno(failed);
 }
 
 extern "C" fn child() {
     fork::reset_in_child();
-    PREPARED.store(false, Relaxed);
+    let under_way = UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner).take();
     GENERATION.fetch_add(1, Release);
+    TURN.store(false, Release);
     mm::forget();
+    if let Some((core, Sharing::Shared)) = under_way
+        && core.count_away(whole_space()) != 0
+    {
+        core.devices.for_each(|entry| entry.device().after_fork_in_child());
+        if let Err(error) = mm::take_over(core) {
+            // Going on would read zeros where the bytes are away.
+            fork::die(&format!("uhmm: a forked child cannot take its memory over: {error}\n"));
+        }
+    }
     if let Some(f) = IN_CHILD.get() {
         f();
+    }
+}
+
+/// Pages that came home, or were dropped, while a fork was under way: the child may have a reference too many.
+#[derive(Debug)]
+pub(crate) struct Homecomings {
+    entries: &'static [[AtomicU64; 2]],
+    count: AtomicUsize,
+}
+
+/// Homecomings that fit the log; handlers wait for the fork's end when it is full.
+const HOMECOMINGS: usize = 1 << 16;
+
+impl Homecomings {
+    pub(crate) fn new() -> Result<Self, Errno> {
+        Ok(Self { entries: arena::slice(HOMECOMINGS)?, count: AtomicUsize::new(0) })
+    }
+
+    fn clear(&self) {
+        self.count.store(0, Release);
+    }
+
+    fn add(&self, page: VirtAddr, device: DeviceId, pfn: DevPfn) -> bool {
+        let n = self.count.fetch_add(1, AcqRel);
+        let Some([at, what]) = self.entries.get(n) else {
+            self.count.fetch_sub(1, AcqRel);
+            return false;
+        };
+        what.store(u64::from(pfn.get()) << 8 | device.index() as u64, Relaxed);
+        at.store(page.get(), Release);
+        true
+    }
+
+    /// Each entry that is complete.
+    fn each(&self, mut f: impl FnMut(VirtAddr, DeviceId, DevPfn)) {
+        for [at, what] in &self.entries[..self.count.load(Acquire).min(HOMECOMINGS)] {
+            let (at, what) = (at.load(Acquire), what.load(Relaxed));
+            let pfn = u32::try_from(what >> 8).expect("a frame number has 32 bits");
+            if at != 0
+                && let Some(device) = DeviceId::from_index(usize::try_from(what & 0xff).expect("8 bits"))
+            {
+                f(VirtAddr::new(at), device, DevPfn::new(pfn));
+            }
+        }
+    }
+}
+
+impl<O: Os> Core<O> {
+    /// Logs pages that are about to leave their frames, if a fork is under way.
+    pub(crate) fn note_homecoming(&self, block: Block, run: Run, device: DeviceId, first: DevPfn) {
+        if !self.is_frozen() {
+            return;
+        }
+        for (i, n) in run.pages().zip(0..) {
+            let mut spins = 0;
+            while !self.homecomings.add(block.page(i), device, first.add(n)) && self.is_frozen() {
+                pause(&mut spins);
+            }
+        }
+    }
+
+    pub(crate) fn prepare_fork(&'static self, ctx: &mut Ctx, sharing: Sharing) {
+        self.stats.add(Counter::Forks, 1);
+        self.freeze();
+        self.homecomings.clear();
+        if sharing == Sharing::Home {
+            return self.range_home(ctx, whole_space(), Why::Fork, &mut |_, _| {});
+        }
+        // No device may write to a frame that the child will have too.
+        drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Fork, owner: None }));
+        self.blocks.for_each(whole_space(), |block| {
+            if block.away() != 0 {
+                let must = self.share_block(block);
+                self.block_home(ctx, block, &must, Why::Fork, &mut |_, _| {});
+            }
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// Adds a reference to each frame of a block that the child can use. Returns the pages that must come home.
+    fn share_block(&'static self, block: Block) -> PageSet {
+        let mut must = PageSet::EMPTY;
+        let mut transit = Transit::new(block, self);
+        for i in self.away(block).iter() {
+            match transit.hold(i) {
+                Place::Device { device, pfn } => match self.devices.get(device).filter(|e| e.survives_fork()) {
+                    Some(entry) => entry.pgmap().expect("a device with frames in use has a pgmap").get(pfn),
+                    None => must.insert(i),
+                },
+                Place::Staged { .. } => must.insert(i),
+                Place::Cpu | Place::Poisoned { .. } => {}
+            }
+            transit.put_back(i);
+        }
+        must
+    }
+
+    /// Takes the references back that were added for a child that does not exist.
+    pub(crate) fn unshare_frames(&'static self) {
+        self.blocks.for_each(whole_space(), |block| {
+            let mut transit = Transit::new(block, self);
+            for i in self.away(block).iter() {
+                if let Place::Device { device, pfn } = transit.hold(i)
+                    && self.devices.get(device).is_some_and(|e| e.survives_fork())
+                {
+                    self.free_frame(device, pfn);
+                }
+                transit.put_back(i);
+            }
+            ControlFlow::Continue(())
+        });
+        self.homecomings.each(|_, device, pfn| self.free_frame(device, pfn));
+    }
+
+    /// In a forked child: the parent's address space as the child's, on a seam of its own. No engine thread runs yet.
+    pub(crate) fn inherit(parent: &Self, os: O) -> Result<Self, Errno> {
+        let staging: Staging = parent.staging.inherit()?;
+        let core = Self::assemble(os, parent.blocks.inherit(), staging, parent.stats)?;
+        let mut failed = None;
+        parent.devices.for_each(|old| {
+            let made = core.make_entry(old.id(), old.device(), old.pgmap_words()).and_then(|e| core.devices.put(e));
+            failed = failed.or(made.err());
+        });
+        match failed {
+            Some(errno) => Err(errno),
+            None => Ok(core),
+        }
+    }
+
+    /// In a forked child: settles where each page is, and registers the memory of those that are away. The caller is
+    /// the only engine thread, and the program's only thread waits.
+    pub(crate) fn adopt(&'static self, parent: &Self) -> Result<(), Errno> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        parent.homecomings.each(|page, device, pfn| {
+            let still = self.blocks.find(page).map(|b| b.word(page.page_in_block()).place());
+            if still != Some(Place::Device { device, pfn }) {
+                self.free_frame(device, pfn);
+            }
+        });
+        let mut result = Ok(());
+        self.blocks.for_each(whole_space(), |block| {
+            result = self.adopt_block(block, deadline);
+            if result.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        });
+        result?;
+        let staging = self.staging.range();
+        self.os.zap(staging)?;
+        if self.os.has_move() {
+            register_patiently(&self.os, staging, RegisterMode::WP, deadline)?;
+        }
+        Ok(())
+    }
+
+    fn adopt_block(&'static self, block: Block, deadline: Instant) -> Result<(), Errno> {
+        let range = PageRange::block_of(block.base());
+        let mut pages = [Page::empty(); BLOCK_PAGES];
+        self.os.scan(range, &mut pages)?;
+        let mut staged = PageSet::EMPTY;
+        for (i, page) in pages.iter().enumerate() {
+            let place = block.word(i).place();
+            let here = page.intersects(Page::PRESENT | Page::SWAPPED);
+            match place {
+                Place::Device { device, pfn } if here => {
+                    block.settle_in_child(i, Place::Cpu);
+                    self.free_frame(device, pfn);
+                }
+                Place::Staged { .. } if !here => staged.insert(i),
+                Place::Device { .. } | Place::Poisoned { .. } => block.settle_in_child(i, place),
+                Place::Cpu | Place::Staged { .. } => block.settle_in_child(i, Place::Cpu),
+            }
+        }
+        block.recount_in_child();
+        if block.away() == 0 && staged.is_empty() {
+            return Ok(());
+        }
+        let mut at = range.start();
+        while let Ok(rest) = PageRange::from_ends(at, range.end()) {
+            let Some(piece) = self.os.vma(at)?.and_then(|v| v.range.intersection(rest)) else { break };
+            if !self.away(block).and(&PageSet::of(piece)).is_empty() {
+                register_patiently(&self.os, piece, RegisterMode::MISSING, deadline)?;
+            }
+            at = piece.end();
+        }
+        // Pages that could not come home before the fork stand in the child's copy of staging.
+        for i in staged.iter() {
+            let Place::Staged { slot, .. } = block.word(i).place() else { unreachable!("only staged pages are here") };
+            let copied = self.os.copy(block.page(i), self.staging.bytes(slot, 1), Wake::Now);
+            if let Some(errno) = copied.stop {
+                return Err(errno);
+            }
+            block.settle_in_child(i, Place::Cpu);
+        }
+        block.recount_in_child();
+        Ok(())
+    }
+}
+
+/// Registers memory that the parent's engine may still have to let go of.
+fn register_patiently(os: &impl Os, range: PageRange, mode: RegisterMode, deadline: Instant) -> Result<(), Errno> {
+    loop {
+        match os.register(range, mode) {
+            Err(Errno::BUSY) if Instant::now() < deadline => std::thread::sleep(Duration::from_micros(50)),
+            result => return result,
+        }
     }
 }

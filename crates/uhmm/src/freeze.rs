@@ -22,6 +22,7 @@ use uhmm_sys::{
 use crate::{
     block::{Place, Transit},
     engine::Core,
+    gate::{Gate, pause},
     migrate::Pass,
     os::Os,
     page_set::{PageSet, Run},
@@ -29,17 +30,24 @@ use crate::{
     thread::{Ctx, MAX_THREADS},
 };
 
-/// The ranges that engine threads are dropping right now, one a thread.
+/// The ranges that engine threads are dropping right now, one a thread: each raises an event that the reader must tell
+/// from the program's.
 #[derive(Debug)]
 pub(crate) struct OwnDrops {
     slots: [AtomicU64; MAX_THREADS],
+    /// Counts the messages that the reader has read and told apart.
+    looks: AtomicU64,
     /// Counts the events that change mappings.
     changes: AtomicU64,
 }
 
 impl OwnDrops {
     pub(crate) fn new() -> Self {
-        Self { slots: std::array::from_fn(|_| AtomicU64::new(0)), changes: AtomicU64::new(0) }
+        Self {
+            slots: std::array::from_fn(|_| AtomicU64::new(0)),
+            looks: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
+        }
     }
 
     // A range lies within a block: its start and its page count fit one word.
@@ -56,10 +64,29 @@ impl OwnDrops {
         self.slots[slot].store(0, SeqCst);
     }
 
+    /// Withdraws an announcement after the drop, whose event has been read by now, if it raised one: not before the
+    /// reader has told whose it is, or it would take the event for the program's.
+    fn withdraw_told(&self, slot: usize, gate: &Gate) {
+        // Between reading our event and telling whose it is the gate is shut, and the reader looks at nothing else.
+        let looks = self.looks.load(SeqCst);
+        let mut spins = 0;
+        while self.slots[slot].load(SeqCst) != 0 && !gate.is_open() && self.looks.load(SeqCst) == looks {
+            pause(&mut spins);
+        }
+        self.withdraw(slot);
+    }
+
     /// Whether `range` is being dropped by an engine thread; each announcement answers once.
     pub(crate) fn is_own(&self, range: PageRange) -> bool {
-        range.pages() <= BLOCK_PAGES
-            && self.slots.iter().any(|s| s.compare_exchange(Self::pack(range), 0, AcqRel, Acquire).is_ok())
+        let own = range.pages() <= BLOCK_PAGES
+            && self.slots.iter().any(|s| s.compare_exchange(Self::pack(range), 0, AcqRel, Acquire).is_ok());
+        self.looked();
+        own
+    }
+
+    /// Says that the reader has told its last message apart.
+    pub(crate) fn looked(&self) {
+        self.looks.fetch_add(1, SeqCst);
     }
 
     /// Whether any engine thread is dropping pages.
@@ -139,7 +166,7 @@ impl<O: Os> Core<O> {
                 return Err(Errno::AGAIN);
             }
             let dropped = self.os.zap(range);
-            self.own_drops.withdraw(ctx.slot);
+            self.own_drops.withdraw_told(ctx.slot, &self.gate);
             match dropped {
                 // Unmapped in part meanwhile: that event waits for these pages, and drops them then.
                 Ok(()) | Err(Errno::NOMEM) => {}

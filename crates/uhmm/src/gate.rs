@@ -105,6 +105,11 @@ impl Gate {
         self.state.store(OPEN, SeqCst);
     }
 
+    /// Whether nobody is reading a message or applying an event.
+    pub(crate) fn is_open(&self) -> bool {
+        self.state.load(SeqCst) == OPEN
+    }
+
     /// Waits until no event is being applied any more; where one is not, returns at once.
     pub(crate) fn wait_applied(&self) {
         let mut spins = 0u32;

@@ -184,6 +184,7 @@ impl<O: Os> Core<O> {
             let done = self.note_put(result, run, out);
             self.return_home_slots(ctx, slot, count, done, whole);
             if done > 0 {
+                self.note_homecoming(block, Run { first: run.first, count: done }, device, first);
                 self.settle_home(transit, Run { first: run.first, count: done }, why, out);
                 self.free_frames(device, frame_run(first, done));
                 self.stats.add(Counter::PagesHome, done);

@@ -54,8 +54,10 @@ pub(crate) enum Request {
     Release { range: PageRange },
     /// Register each mapping as a whole.
     Unsplit { range: PageRange },
-    /// Prepare for a fork.
-    ForkPrepare,
+    /// Prepare for a fork: with everything home, or with frames shared where the device can.
+    ForkPrepare { sharing: crate::fork::Sharing },
+    /// A fork that was prepared with sharing failed.
+    ForkFailed,
     /// Bring everything home and unregister all memory.
     Close,
 }

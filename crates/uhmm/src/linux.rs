@@ -38,6 +38,22 @@ impl LinuxMm {
     /// # Errors
     /// [`StartError::Userfaultfd`] where there is none to be had, [`StartError::Proc`] where `/proc` is not.
     pub fn open() -> Result<Self, StartError> {
+        let wanted = Self::wanted();
+        let uffd = Uffd::open(wanted)?;
+        let has_move = uffd.features().contains(Features::MOVE) && !masked(Cap::Move);
+        let pagemap = Pagemap::open().map_err(StartError::Proc)?;
+        let maps = Maps::open().map_err(StartError::Proc)?;
+        let reader = UnwaitingReader::open().map_err(StartError::Proc)?;
+        Ok(Self { start: std::time::Instant::now(), uffd, pagemap, maps, reader, has_move })
+    }
+
+    /// Whether the calling thread could open a userfaultfd as good as the engine's.
+    #[must_use]
+    pub fn can_open() -> bool {
+        Uffd::open(Self::wanted()).is_ok_and(|uffd| uffd.kernel_faults() == KernelFaults::Yes)
+    }
+
+    fn wanted() -> Features {
         let mut wanted = Features::EVENT_REMAP
             | Features::EVENT_REMOVE
             | Features::EVENT_UNMAP
@@ -48,12 +64,7 @@ impl LinuxMm {
         if !masked(Cap::ForkEvent) {
             wanted |= Features::EVENT_FORK;
         }
-        let uffd = Uffd::open(wanted)?;
-        let has_move = uffd.features().contains(Features::MOVE) && !masked(Cap::Move);
-        let pagemap = Pagemap::open().map_err(StartError::Proc)?;
-        let maps = Maps::open().map_err(StartError::Proc)?;
-        let reader = UnwaitingReader::open().map_err(StartError::Proc)?;
-        Ok(Self { start: std::time::Instant::now(), uffd, pagemap, maps, reader, has_move })
+        wanted
     }
 }
 

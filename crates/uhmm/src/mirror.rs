@@ -191,17 +191,25 @@ impl IntervalOps for TableSink {
 const BUDGET: Duration = Duration::from_secs(1);
 
 impl<O: Os> Core<O> {
-    pub(crate) fn make_entry(&'static self, id: DeviceId, device: &'static dyn Device) -> Result<Entry, Errno> {
+    /// `words` are those of the pgmap in the parent, where this is a forked child.
+    pub(crate) fn make_entry(
+        &self,
+        id: DeviceId,
+        device: &'static dyn Device,
+        words: Option<Words>,
+    ) -> Result<Entry, Errno> {
         let spec = device.memory();
         let pgmap = if spec.frames == 0 {
             None
+        } else if let Some(words) = words {
+            Some((Pgmap::new(id, spec.frames, words), words))
         } else {
             let needed = Pgmap::storage_needed(spec.frames);
             let words = Words {
                 words32: uhmm_sys::mem::shared_slice(needed.words32)?,
                 words64: uhmm_sys::mem::shared_slice(needed.words64)?,
             };
-            Some(Pgmap::new(id, spec.frames, words))
+            Some((Pgmap::new(id, spec.frames, words), words))
         };
         let table: &'static DeviceTable = {
             let needed = DeviceTable::storage_needed(TABLE_LEAVES, TABLE_BLOCKS);
@@ -210,7 +218,7 @@ impl<O: Os> Core<O> {
         };
         let sink: &'static TableSink = arena::value(TableSink { device, table })?;
         let subscription = self.notifiers.insert(crate::ops::whole_space(), sink).map_err(|_| Errno::NOMEM)?;
-        Ok(Entry::new(id, device, pgmap, table, subscription))
+        Ok(Entry::new(id, device, pgmap, spec.survives_fork, table, subscription))
     }
 
     pub(crate) fn drop_entry(&self, entry: &'static Entry) {

@@ -127,7 +127,7 @@ struct Process {
     /// For the engine's own threads.
     running: Mutex<Option<&'static Core<LinuxMm>>>,
     /// What the thread that starts the engine is given, and tells.
-    setup: Mutex<Option<Setup>>,
+    start: Mutex<Option<Start>>,
     result: Mutex<Option<Result<&'static Core<LinuxMm>, StartError>>>,
     started: AtomicU32,
 }
@@ -139,11 +139,19 @@ static PROCESSES: [Process; 64] = [const {
     Process {
         current: Mutex::new(Current { core: None, threads: Threads::Ordinary, users: 0 }),
         running: Mutex::new(None),
-        setup: Mutex::new(None),
+        start: Mutex::new(None),
         result: Mutex::new(None),
         started: AtomicU32::new(0),
     }
 }; 64];
+
+/// How an engine comes to be.
+#[derive(Clone, Copy)]
+enum Start {
+    Afresh(Setup),
+    /// In a forked child, from its copy of the parent's.
+    TakeOver(&'static Core<LinuxMm>),
+}
 
 fn process() -> &'static Process {
     &PROCESSES[crate::fork::generation() % PROCESSES.len()]
@@ -669,15 +677,20 @@ impl Role {
     }
 }
 
-/// Starts the engine's threads; the first of them opens what the others use.
+/// Sets an address space up.
 fn start(setup: Setup) -> Result<&'static Core<LinuxMm>, StartError> {
     crate::fork::register();
     arena::init(ARENA_BYTES).map_err(StartError::Memory)?;
+    launch(Start::Afresh(setup), setup.threads)
+}
+
+/// Starts the engine's threads; the first of them opens what the others use.
+fn launch(start: Start, threads: Threads) -> Result<&'static Core<LinuxMm>, StartError> {
     let process = process();
-    *lock(&process.setup) = Some(setup);
+    *lock(&process.start) = Some(start);
     *lock(&process.result) = None;
     process.started.store(0, Release);
-    spawn(setup.threads, Role::Starter, None)?;
+    spawn(threads, Role::Starter, None)?;
     while process.started.load(Acquire) == 0 {
         let _ = futex::wait(&process.started, 0, None);
     }
@@ -713,8 +726,8 @@ fn running_core() -> &'static Core<LinuxMm> {
 }
 
 fn starter_main() {
-    let setup = lock(&process().setup).take().expect("the starter is given a setup");
-    let result = set_up(&setup);
+    let start = lock(&process().start).take().expect("the starter is told how");
+    let result = set_up(start);
     let core = result.as_ref().ok().copied();
     *lock(&process().result) = Some(result);
     process().started.store(1, Release);
@@ -724,37 +737,57 @@ fn starter_main() {
     }
 }
 
-fn set_up(setup: &Setup) -> Result<&'static Core<LinuxMm>, StartError> {
-    if setup.threads == Threads::Hidden {
+fn set_up(start: Start) -> Result<&'static Core<LinuxMm>, StartError> {
+    let (threads, movers) = match start {
+        Start::Afresh(setup) => (setup.threads, setup.config.movers),
+        Start::TakeOver(_) => (Threads::Hidden, Config::default().movers),
+    };
+    if threads == Threads::Hidden {
         thread::unshare_files().map_err(StartError::Thread)?;
     }
     let os = LinuxMm::open()?;
-    let stats = match setup.stats {
-        Some(stats) => stats,
-        None => Stats::new(arena::slice(STATS_WORDS).map_err(StartError::Memory)?),
+    let core = match start {
+        Start::Afresh(setup) => {
+            let stats = match setup.stats {
+                Some(stats) => stats,
+                None => Stats::new(arena::slice(STATS_WORDS).map_err(StartError::Memory)?),
+            };
+            Core::new(os, &setup.config, stats)
+        }
+        Start::TakeOver(parent) => Core::inherit(parent, os),
     };
-    let core = Core::new(os, &setup.config, stats).map_err(StartError::Memory)?;
-    let core: &'static Core<LinuxMm> = arena::value(core).map_err(StartError::Memory)?;
+    let core: &'static Core<LinuxMm> = core.and_then(arena::value).map_err(StartError::Memory)?;
+    if let Start::TakeOver(parent) = start {
+        core.adopt(parent).map_err(StartError::Memory)?;
+    }
     *lock(&process().running) = Some(core);
     for cpu in thread::allowed_cpus().iter() {
-        spawn(setup.threads, Role::Handler, Some(cpu))?;
+        spawn(threads, Role::Handler, Some(cpu))?;
     }
-    for _ in 1..setup.config.movers {
-        spawn(setup.threads, Role::Mover, None)?;
+    for _ in 1..movers {
+        spawn(threads, Role::Mover, None)?;
     }
     Ok(core)
 }
 
-/// For `fork`: see [`crate::fork`].
-pub(crate) fn current_core() -> Option<&'static Core<LinuxMm>> {
-    lock(&process().current).core
+/// For `fork`: the engine that runs, and how its threads were made.
+pub(crate) fn current() -> Option<(&'static Core<LinuxMm>, Threads)> {
+    let current = lock(&process().current);
+    current.core.map(|core| (core, current.threads))
 }
 
 /// In a forked child: the parent's engine is none of ours.
 pub(crate) fn forget() {
     // A process so many forks away may have left something in this place.
-    let process = process();
-    if let Ok(mut current) = process.current.try_lock() {
+    if let Ok(mut current) = process().current.try_lock() {
         *current = Current { core: None, threads: Threads::Ordinary, users: 0 };
     }
+}
+
+/// In a forked child: takes over the pages that are away, with an engine of the child's own.
+pub(crate) fn take_over(parent: &'static Core<LinuxMm>) -> Result<(), StartError> {
+    let mut current = lock(&process().current);
+    let core = launch(Start::TakeOver(parent), Threads::Hidden)?;
+    *current = Current { core: Some(core), threads: Threads::Hidden, users: 1 };
+    Ok(())
 }

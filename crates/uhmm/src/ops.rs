@@ -78,11 +78,14 @@ impl<O: Os> Core<O> {
                 self.unsplit(range);
                 Reply::Done
             }
-            Request::ForkPrepare => {
-                self.freeze();
-                let whole = whole_space();
-                self.range_home(ctx, whole, Why::Fork, &mut |_, _| {});
-                Reply::Left(self.count_away(whole))
+            Request::ForkPrepare { sharing } => {
+                self.prepare_fork(ctx, sharing);
+                Reply::Done
+            }
+            Request::ForkFailed => {
+                self.unshare_frames();
+                self.thaw();
+                Reply::Done
             }
             Request::Close => Reply::Left(self.close(ctx)),
         }
@@ -178,7 +181,7 @@ impl<O: Os> Core<O> {
     }
 
     fn register_device(&'static self, device: DeviceRef) -> Reply {
-        match self.devices.add(|id| self.make_entry(id, device.0)) {
+        match self.devices.add(|id| self.make_entry(id, device.0, None)) {
             Ok(entry) => Reply::Registered(entry.id()),
             Err(AddError::TooMany) => Reply::TooManyDevices,
             Err(AddError::NoMemory(errno)) => Reply::Failed(errno),

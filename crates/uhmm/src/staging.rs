@@ -163,6 +163,24 @@ impl Staging {
         Ok(staging)
     }
 
+    /// The same range as a forked child uses it: everything in it is garbage, and its memory is the kernel's again.
+    pub(crate) fn inherit(&self) -> Result<Self, Errno> {
+        let chunks = self.state.len();
+        let staging = Self {
+            range: self.range,
+            state: arena::slice(chunks)?,
+            next: arena::slice(chunks)?,
+            empty: Stack::new(),
+            filled: Stack::new(),
+            filled_huge: Stack::new(),
+            keep: AtomicU32::new(self.keep.load(Relaxed)),
+        };
+        for n in (0..u32::try_from(chunks).expect("chunks are counted in 32 bits")).rev() {
+            staging.empty.push(staging.next, Chunk(n));
+        }
+        Ok(staging)
+    }
+
     /// All of it.
     pub(crate) const fn range(&self) -> PageRange {
         self.range

@@ -14,11 +14,17 @@ use uhmm_sys::mem::Mapping;
 /// Frames in shared memory, and nothing else.
 pub struct Plain {
     memory: Mapping,
+    survives_fork: bool,
 }
 
 impl Plain {
     pub fn new(bytes: u64) -> Self {
-        Self { memory: Mapping::memfd("plain", bytes).unwrap() }
+        Self { memory: Mapping::memfd("plain", bytes).unwrap(), survives_fork: false }
+    }
+
+    /// One whose frames a forked child shares.
+    pub fn sharing(bytes: u64) -> Self {
+        Self { survives_fork: true, ..Self::new(bytes) }
     }
 }
 
@@ -31,7 +37,7 @@ impl Device for Plain {
         MemorySpec {
             frames: u32::try_from(self.memory.len() / PAGE_SIZE).unwrap(),
             kind: MemoryKind::Private,
-            survives_fork: false,
+            survives_fork: self.survives_fork,
         }
     }
 
@@ -106,6 +112,11 @@ impl Memory {
 
     pub fn fill(&self) {
         (0..self.pages).for_each(|n| self.set(n, stamp(n)));
+    }
+
+    /// As [`Memory::check`], with another value in one page.
+    pub fn check_but(&self, page: usize, value: u64) {
+        (0..self.pages).for_each(|n| assert_eq!(self.get(n), if n == page { value } else { stamp(n) }, "page {n}"));
     }
 
     pub fn check(&self) {

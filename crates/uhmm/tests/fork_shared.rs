@@ -1,0 +1,190 @@
+//! Forks that share frames: the child takes its memory over, on an engine of its own.
+#![allow(unsafe_code, reason = "tests make the memory that they then watch")]
+
+mod common;
+
+use uhmm::{
+    Mm, MigrateOptions, Mirror, PageOutcome,
+    mm::{Setup, Threads},
+};
+use uhmm_testkit::{Skip, isolated};
+
+use crate::common::{Memory, Plain, stamp};
+
+fn hidden(bytes: u64) -> Result<(Mm, Mirror<Plain>), Skip> {
+    let mm = Mm::open_with(Setup { threads: Threads::Hidden, ..Setup::default() })
+        .map_err(|error| Skip(format!("{error}")))?;
+    if !mm.serves_kernel_faults() {
+        return Err(Skip("kernel-mode faults are not served".into()));
+    }
+    let mirror = mm.register(Plain::sharing(bytes)).expect("room for a device");
+    Ok((mm, mirror))
+}
+
+/// Forks; the child runs `body` and exits with 0 if it returns. Returns the child's wait status.
+fn in_child(body: impl FnOnce()) -> i32 {
+    // SAFETY: the child runs ordinary code of this process; its libc is made right by `fork` itself.
+    let pid = unsafe { libc::fork() };
+    assert!(pid >= 0, "fork failed");
+    if pid == 0 {
+        let ok = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).is_ok();
+        // SAFETY: ends the child without running the parent's exit handlers.
+        unsafe { libc::_exit(i32::from(!ok)) };
+    }
+    let mut status = 0;
+    // SAFETY: waits for the child just made.
+    assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+    status
+}
+
+#[test]
+fn the_child_sees_the_moment_of_the_fork_and_frames_stay() {
+    isolated!(|| {
+        let (mm, mirror) = hidden(64 << 20)?;
+        let memory = Memory::new(2048);
+        memory.fill();
+        assert_eq!(mirror.migrate(memory.range(), &MigrateOptions::default()).count(PageOutcome::Moved), 2048);
+        let status = in_child(|| {
+            memory.check();
+            memory.set(7, 7);
+            memory.check_but(7, 7);
+        });
+        assert_eq!(status, 0);
+        assert!(mm.pages_away() > 1900, "the fork brought {} pages home", 2048 - mm.pages_away());
+        memory.check();
+        Ok(())
+    });
+}
+
+#[test]
+fn parent_and_child_write_without_the_other_seeing() {
+    isolated!(|| {
+        let (_mm, mirror) = hidden(64 << 20)?;
+        let memory = Memory::new(512);
+        for round in 0..20u64 {
+            (0..512).for_each(|n| memory.set(n, stamp(n) ^ round));
+            let _ = mirror.migrate(memory.range(), &MigrateOptions::default());
+            // SAFETY: as in `in_child`.
+            let pid = unsafe { libc::fork() };
+            if pid == 0 {
+                let ok = (0..512).all(|n| memory.get(n) == stamp(n) ^ round);
+                (0..512).for_each(|n| memory.set(n, 1));
+                // SAFETY: ends the child at once.
+                unsafe { libc::_exit(i32::from(!ok)) };
+            }
+            (0..512).for_each(|n| memory.set(n, memory.get(n).wrapping_add(1)));
+            let mut status = 0;
+            // SAFETY: waits for the child just made.
+            unsafe { libc::waitpid(pid, &raw mut status, 0) };
+            assert_eq!(status, 0, "round {round}: the child saw the parent's writes");
+            (0..512).for_each(|n| assert_eq!(memory.get(n), (stamp(n) ^ round).wrapping_add(1), "round {round}"));
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_child_outlives_its_killed_parent() {
+    isolated!(|| {
+        let (_mm, _) = hidden(1 << 20)?;
+        let mut pipe = [0; 2];
+        // SAFETY: `pipe` has room for two descriptors.
+        assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
+        // The middle process is the parent to be killed.
+        let status = in_child(|| {
+            let mirror = Mm::open_with(Setup { threads: Threads::Hidden, ..Setup::default() })
+                .expect("an engine")
+                .register(Plain::sharing(64 << 20))
+                .expect("room");
+            let memory = Memory::new(1024);
+            memory.fill();
+            let _ = mirror.migrate(memory.range(), &MigrateOptions::default());
+            // SAFETY: as in `in_child`.
+            let pid = unsafe { libc::fork() };
+            if pid == 0 {
+                // SAFETY: asks the kernel for the parent's number.
+                while unsafe { libc::getppid() } != 1 && !orphaned() {
+                    std::thread::yield_now();
+                }
+                let ok = (0..1024).all(|n| memory.get(n) == stamp(n));
+                let byte = [u8::from(ok)];
+                // SAFETY: one byte of a live array.
+                unsafe { libc::write(pipe[1], byte.as_ptr().cast(), 1) };
+                // SAFETY: ends the grandchild at once.
+                unsafe { libc::_exit(0) };
+            }
+            // SAFETY: kills the calling process.
+            unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+        });
+        assert_eq!(status & 0x7f, libc::SIGKILL);
+        let mut byte = [9u8];
+        // SAFETY: one byte of a live array.
+        assert_eq!(unsafe { libc::read(pipe[0], byte.as_mut_ptr().cast(), 1) }, 1);
+        assert_eq!(byte[0], 1, "the grandchild lost bytes when its parent was killed");
+        Ok(())
+    });
+}
+
+/// Whether the calling process's parent is not the one that forked it any more (a subreaper may have taken it).
+fn orphaned() -> bool {
+    use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
+    static FIRST: AtomicI32 = AtomicI32::new(0);
+    // SAFETY: asks the kernel for the parent's number.
+    let parent = unsafe { libc::getppid() };
+    let _ = FIRST.compare_exchange(0, parent, Relaxed, Relaxed);
+    FIRST.load(Relaxed) != parent
+}
+
+#[test]
+fn generations_of_children_share_and_part() {
+    isolated!(|| {
+        let (_mm, mirror) = hidden(64 << 20)?;
+        let memory = Memory::new(600);
+        memory.fill();
+        let _ = mirror.migrate(memory.range(), &MigrateOptions::default());
+        let status = in_child(|| {
+            memory.set(0, 100);
+            let status = in_child(|| {
+                assert_eq!(memory.get(0), 100);
+                memory.check_but(0, 100);
+                memory.set(1, 101);
+            });
+            assert_eq!(status, 0);
+            assert_eq!(memory.get(1), stamp(1));
+            memory.check_but(0, 100);
+        });
+        assert_eq!(status, 0);
+        memory.check();
+        Ok(())
+    });
+}
+
+#[test]
+fn forks_among_faults_and_migrations() {
+    isolated!(|| {
+        let (_mm, mirror) = hidden(64 << 20)?;
+        let memory = Memory::new(1024);
+        memory.fill();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let addr = memory.start.addr();
+        std::thread::scope(|s| {
+            let reader = s.spawn(|| {
+                let mut n = 0usize;
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    n = (n * 5 + 1) % 1024;
+                    let word = std::ptr::with_exposed_provenance::<u64>(addr + n * 4096);
+                    // SAFETY: the page is mapped for the whole test, and nobody writes it.
+                    assert_eq!(unsafe { word.read_volatile() }, stamp(n));
+                }
+            });
+            for _ in 0..60 {
+                let _ = mirror.migrate(memory.range(), &MigrateOptions::default());
+                assert_eq!(in_child(|| memory.check()), 0);
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            reader.join().expect("the reader saw only what was written");
+        });
+        memory.check();
+        Ok(())
+    });
+}
