@@ -10,6 +10,8 @@
 //! `UFFDIO_MOVE` of the same page answers `EBUSY` meanwhile.
 // UNSAFETY: copies between addresses, and calls that change mappings.
 
+use std::os::fd::{AsFd, OwnedFd};
+
 use crate::{
     Errno,
     addr::{PageRange, VirtAddr},
@@ -129,6 +131,42 @@ fn within(mapping: &Mapping, off: u64, len: u64) -> VirtAddr {
     let fits = off.checked_add(len).is_some_and(|end| end <= mapping.len());
     assert!(fits, "bytes {off:#x}+{len:#x} of {:#x}: out of range", mapping.len());
     mapping.range().start().add(off)
+}
+
+/// Reads the program's memory without ever waiting for a page of it: a page that a userfaultfd would have to bring
+/// answers an error. For whoever must not wait, because it is he who brings pages.
+///
+/// # Kernel
+/// `/proc/self/mem`, read only. Ignores protection.
+#[derive(Debug)]
+pub struct UnwaitingReader(OwnedFd);
+
+impl UnwaitingReader {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// What opening `/proc/self/mem` answers: `EACCES` in a process that is not dumpable.
+    pub fn open() -> Result<Self, Errno> {
+        raw::open(c"/proc/self/mem", libc::O_RDONLY).map(Self)
+    }
+
+    /// Reads the program's memory into staging memory.
+    ///
+    /// # Errors
+    /// In [`Copied::stop`]: `EIO`: not mapped, or a page that is missing in memory registered for missing faults.
+    pub fn read_to_host(&self, addr: VirtAddr, host: HostBytes) -> Copied {
+        let mut done = 0;
+        while done < host.len() {
+            let args = [raw::fd_arg(self.0.as_fd()), host.addr().get() + done, host.len() - done, addr.get() + done];
+            // SAFETY: the kernel writes to untyped memory that stays mapped.
+            match unsafe { raw::syscall(libc::SYS_pread64, args) } {
+                Ok(n) if n > 0 => done += n,
+                Ok(_) => return Copied { done, stop: Some(Errno::IO) },
+                Err(e) => return Copied { done, stop: Some(e) },
+            }
+        }
+        Copied::all(host.len())
+    }
 }
 
 /// Faults the pages of `range` in for reading, as a load would.

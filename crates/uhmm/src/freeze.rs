@@ -43,11 +43,7 @@ pub(crate) struct OwnDrops {
 
 impl OwnDrops {
     pub(crate) fn new() -> Self {
-        Self {
-            slots: std::array::from_fn(|_| AtomicU64::new(0)),
-            looks: AtomicU64::new(0),
-            changes: AtomicU64::new(0),
-        }
+        Self { slots: std::array::from_fn(|_| AtomicU64::new(0)), looks: AtomicU64::new(0), changes: AtomicU64::new(0) }
     }
 
     // A range lies within a block: its start and its page count fit one word.
