@@ -18,11 +18,13 @@ struct Args {
 /// One variant for each module of [`cmd`].
 #[derive(Debug, Subcommand)]
 enum Command {
+    Bench(cmd::bench::Args),
     Doctor(cmd::doctor::Args),
 }
 
 fn main() -> ExitCode {
     let outcome = match Args::parse().command {
+        Command::Bench(args) => cmd::bench::run(&args),
         Command::Doctor(args) => cmd::doctor::run(&args),
     };
     match outcome {
