@@ -58,7 +58,8 @@ struct Slot {
     /// 0: free. [`CLAIMED`]: being set up. Otherwise the thread's id; the kernel stores 0 and wakes one waiter when the
     /// thread is gone.
     tid: AtomicU32,
-    /// The id of the last thread that ran here, told by itself.
+    /// How a thread of the C library tells its id to the one that made it: it stores the id and waits until that has
+    /// taken it by storing 0. Until then the slot cannot become free and somebody else's.
     born: AtomicU32,
     next: AtomicPtr<Slot>,
     guard: VirtAddr,
@@ -182,7 +183,6 @@ pub fn spawn(kind: Kind, name: &str, cpu: Option<usize>, entry: fn(usize), arg: 
     // SAFETY: the low end of the claimed slot's stack, page aligned; the new thread reads it before its stack grows so
     // deep.
     unsafe { place.write(record) };
-    slot.born.store(0, Relaxed);
 
     let blocked = block_signals(kind);
     let tid = match kind {
@@ -258,7 +258,6 @@ unsafe extern "C" fn raw_main(record: *const Record) -> ! {
     let record = unsafe { record.read() };
     let tid = gettid();
     record.recipe.set_own_tid(tid);
-    record.slot.born.store(tid, Release);
     run(&record);
     exit()
 }
@@ -304,6 +303,8 @@ unsafe fn spawn_pthread(slot: &'static Slot) -> Result<u32, Errno> {
     loop {
         let tid = slot.born.load(Acquire);
         if tid != 0 {
+            slot.born.store(0, Release);
+            futex::wake(&slot.born, 1);
             return Ok(tid);
         }
         let _ = futex::wait(&slot.born, 0, None);
@@ -321,6 +322,9 @@ extern "C" fn pthread_main(record: *mut c_void) -> *mut c_void {
     let _ = unsafe { raw::syscall(libc::SYS_set_tid_address, [raw::ptr_arg(record.slot.tid.as_ptr())]) };
     record.slot.born.store(tid, Release);
     futex::wake(&record.slot.born, 1);
+    while record.slot.born.load(Acquire) != 0 {
+        let _ = futex::wait(&record.slot.born, tid, None);
+    }
     run(&record);
     null_mut()
 }
@@ -348,7 +352,10 @@ fn set_signals(mask: u64) -> u64 {
 ///
 /// To be called in the child only, by its one thread, which must not be one of the engine's, before it spawns any.
 pub fn forget_after_fork() {
-    slots().for_each(|slot| slot.tid.store(0, Release));
+    for slot in slots() {
+        slot.born.store(0, Relaxed);
+        slot.tid.store(0, Release);
+    }
 }
 
 /// Gives the calling thread a table of file descriptors of its own, so that the program cannot close its files.

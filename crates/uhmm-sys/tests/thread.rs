@@ -1,0 +1,364 @@
+//! Threads of both kinds on the real kernel.
+// UNSAFETY: asks the kernel and the C library about the threads, and forks.
+
+mod common;
+
+use std::{
+    cell::{Cell, RefCell},
+    env,
+    process::Command,
+    sync::{
+        Mutex,
+        atomic::{
+            AtomicU32, AtomicU64, AtomicUsize,
+            Ordering::{Acquire, Relaxed, Release},
+        },
+    },
+    time::Duration,
+};
+
+use uhmm_sys::{
+    addr::VirtAddr,
+    arena, futex,
+    mem::shared_slice,
+    thread::{self, CpuSet, Kind},
+};
+
+/// Only a broken kernel or a lost wake-up makes a test wait so long.
+const PATIENCE: Option<Duration> = Some(Duration::from_secs(20));
+
+/// What a thread found out about itself. Statics, for an entry has no environment.
+#[derive(Default)]
+struct Facts {
+    tid: AtomicU32,
+    stack: AtomicU64,
+    errno_place: AtomicU64,
+    mask: AtomicU64,
+    name: [AtomicU64; 2],
+    cpus: AtomicUsize,
+    cpu: AtomicUsize,
+    self_pointer: AtomicU64,
+}
+
+fn report(facts: usize) {
+    let facts = &FACTS[facts];
+    let local = 0u8;
+    facts.stack.store(VirtAddr::of(&raw const local).get(), Relaxed);
+    facts.tid.store(thread::gettid(), Relaxed);
+    // SAFETY: the place of the thread's errno.
+    facts.errno_place.store(VirtAddr::of(unsafe { libc::__errno_location() }).get(), Relaxed);
+    let mut mask = 0u64;
+    // SAFETY: asks for the mask only; eight bytes.
+    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, 0, &raw mut mask, 8) };
+    facts.mask.store(mask, Relaxed);
+    let mut name = [0u64; 2];
+    // SAFETY: the kernel writes 16 bytes.
+    unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
+    facts.name[0].store(name[0], Relaxed);
+    facts.name[1].store(name[1], Relaxed);
+    let cpus = thread::allowed_cpus();
+    facts.cpus.store(cpus.len(), Relaxed);
+    facts.cpu.store(thread::current_cpu(), Relaxed);
+    facts.self_pointer.store(pthread_self(), Release);
+}
+
+fn pthread_self() -> u64 {
+    // SAFETY: takes nothing.
+    unsafe { libc::pthread_self() }
+}
+
+static FACTS: [Facts; 2] = [const {
+    Facts {
+        tid: AtomicU32::new(0),
+        stack: AtomicU64::new(0),
+        errno_place: AtomicU64::new(0),
+        mask: AtomicU64::new(0),
+        name: [const { AtomicU64::new(0) }; 2],
+        cpus: AtomicUsize::new(0),
+        cpu: AtomicUsize::new(usize::MAX),
+        self_pointer: AtomicU64::new(0),
+    }
+}; 2];
+
+fn facts_of(kind: Kind, index: usize) {
+    let cpu = thread::allowed_cpus().iter().last().unwrap();
+    let handle = thread::spawn(kind, "a name that is too long", Some(cpu), report, index).unwrap();
+    assert_ne!(handle.tid(), thread::gettid());
+    assert!(handle.join(PATIENCE));
+    assert!(!handle.is_alive());
+    let facts = &FACTS[index];
+    assert_eq!(facts.tid.load(Acquire), handle.tid());
+    let inside = |addr: u64| arena::range().unwrap().contains(VirtAddr::new(addr));
+    assert!(inside(facts.stack.load(Relaxed)), "the stack is in the arena");
+    assert!(inside(facts.errno_place.load(Relaxed)), "thread-local storage is in the arena");
+    assert!(inside(facts.self_pointer.load(Relaxed)), "the control block is in the arena");
+    let name: Vec<u8> = facts.name.iter().flat_map(|word| word.load(Relaxed).to_le_bytes()).collect();
+    assert_eq!(&name, b"a name that is \0");
+    assert_eq!(facts.cpus.load(Relaxed), 1);
+    assert_eq!(facts.cpu.load(Relaxed), cpu);
+    // KILL and STOP cannot be blocked; the C library keeps two more for itself.
+    let unblocked = !facts.mask.load(Relaxed);
+    let always = 1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1);
+    let library = match kind {
+        Kind::Raw => 0,
+        Kind::Pthread => 1 << 31 | 1 << 32,
+    };
+    assert_eq!(unblocked & !library, always);
+}
+
+#[test]
+fn a_raw_thread_stands_on_arena_memory_with_signals_blocked() {
+    facts_of(Kind::Raw, 0);
+}
+
+#[test]
+fn a_pthread_stands_on_arena_memory_with_signals_blocked() {
+    facts_of(Kind::Pthread, 1);
+}
+
+#[test]
+fn spawning_leaves_the_callers_signal_mask() {
+    let mask = || {
+        let mut mask = 0u64;
+        // SAFETY: asks for the mask only; eight bytes.
+        unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, 0, &raw mut mask, 8) };
+        mask
+    };
+    let before = mask();
+    for kind in [Kind::Raw, Kind::Pthread] {
+        let handle = thread::spawn(kind, "mask", None, |_| (), 0).unwrap();
+        assert_eq!(mask(), before);
+        assert!(handle.join(PATIENCE));
+    }
+}
+
+thread_local! {
+    static INITIAL: Cell<u64> = const { Cell::new(0x1234_5678_9abc_def0) };
+    static ZERO: Cell<u64> = const { Cell::new(0) };
+    static LIST: RefCell<[u64; 64]> = const { RefCell::new([7; 64]) };
+}
+
+static WRONG: AtomicU32 = AtomicU32::new(0);
+
+fn check_fresh_storage(_: usize) {
+    let fresh = INITIAL.get() == 0x1234_5678_9abc_def0
+        && ZERO.get() == 0
+        && LIST.with_borrow(|list| list.iter().all(|n| *n == 7));
+    // SAFETY: the place of the thread's errno.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    let clean = unsafe { errno.read() } == 0;
+    if !fresh || !clean {
+        WRONG.fetch_add(1, Relaxed);
+    }
+    INITIAL.set(1);
+    ZERO.set(2);
+    LIST.with_borrow_mut(|list| list.fill(3));
+    // SAFETY: fails and sets errno, which is what is wanted.
+    unsafe { libc::close(-1) };
+    // SAFETY: as above.
+    if unsafe { errno.read() } != libc::EBADF {
+        WRONG.fetch_add(1, Relaxed);
+    }
+}
+
+#[test]
+fn a_raw_threads_storage_is_fresh_and_its_own() {
+    INITIAL.set(10);
+    ZERO.set(20);
+    LIST.with_borrow_mut(|list| list.fill(30));
+    // Twice, for the second stands on the first one's stack.
+    for _ in 0..2 {
+        assert!(thread::spawn(Kind::Raw, "fresh", None, check_fresh_storage, 0).unwrap().join(PATIENCE));
+    }
+    assert_eq!(WRONG.load(Relaxed), 0);
+    assert_eq!((INITIAL.get(), ZERO.get()), (10, 20));
+    assert!(LIST.with_borrow(|list| list.iter().all(|n| *n == 30)));
+}
+
+static COUNTED: AtomicUsize = AtomicUsize::new(0);
+
+#[test]
+fn a_thousand_threads_of_each_kind_come_and_go_on_few_stacks() {
+    let count = |n: usize| {
+        COUNTED.fetch_add(n, Relaxed);
+    };
+    let _: &dyn Fn(usize) = &count;
+    for kind in [Kind::Raw, Kind::Pthread] {
+        let before = COUNTED.load(Relaxed);
+        for round in 0..250 {
+            let four: Vec<_> = (0..4)
+                .map(|n| {
+                    thread::spawn(kind, "many", None, |n| _ = COUNTED.fetch_add(n, Relaxed), n + round % 2).unwrap()
+                })
+                .collect();
+            assert!(four.iter().all(|handle| handle.join(PATIENCE)));
+        }
+        assert_eq!(COUNTED.load(Relaxed) - before, 250 * 6 + 125 * 4);
+    }
+    // Without reuse, 2000 stacks of a quarter MiB would be here.
+    let (typed, _) = arena::used();
+    assert!(typed < 64 << 20, "{typed} bytes of arena used");
+}
+
+static ORDER: Mutex<u64> = Mutex::new(0);
+
+#[test]
+fn raw_threads_share_memory_and_std_mutexes() {
+    let body = |_| {
+        for _ in 0..10_000 {
+            *ORDER.lock().unwrap() += 1;
+        }
+    };
+    let threads: Vec<_> = (0..4).map(|n| thread::spawn(Kind::Raw, "sum", None, body, n).unwrap()).collect();
+    assert!(threads.iter().all(|handle| handle.join(PATIENCE)));
+    assert_eq!(*ORDER.lock().unwrap(), 40_000);
+}
+
+#[test]
+fn join_gives_up_at_its_time() {
+    static GO: AtomicU32 = AtomicU32::new(0);
+    let body = |_| {
+        while GO.load(Acquire) == 0 {
+            let _ = futex::wait(&GO, 0, None);
+        }
+    };
+    for kind in [Kind::Raw, Kind::Pthread] {
+        GO.store(0, Release);
+        let handle = thread::spawn(kind, "wait", None, body, 0).unwrap();
+        assert!(!handle.join(Some(Duration::from_millis(20))));
+        assert!(handle.is_alive());
+        GO.store(1, Release);
+        futex::wake(&GO, u32::MAX);
+        assert!(handle.join(PATIENCE));
+    }
+}
+
+#[test]
+fn a_forked_child_can_have_raw_threads() {
+    // The parent's first spawn notes the layout, which the child cannot ask for.
+    assert!(thread::spawn(Kind::Raw, "first", None, |_| (), 0).unwrap().join(PATIENCE));
+    static SEEN: AtomicU32 = AtomicU32::new(0);
+    let status = common::in_child(|| {
+        arena::reset_lock_after_fork();
+        thread::forget_after_fork();
+        for n in 1..=3 {
+            let body = |n: usize| SEEN.store(u32::try_from(n).unwrap_or(99), Release);
+            let Ok(handle) = thread::spawn(Kind::Raw, "child", None, body, n) else { return 1 };
+            if !handle.join(PATIENCE) {
+                return 2;
+            }
+            if SEEN.load(Acquire) as usize != n {
+                return 3;
+            }
+        }
+        0
+    });
+    assert_eq!(status, 0);
+    assert_eq!(SEEN.load(Acquire), 0, "the child's memory is its own");
+}
+
+fn sleep_for_ever(word: usize) {
+    let forever: &[AtomicU32] = FOREVER[word].get().expect("set before the thread starts");
+    forever[0].store(1, Release);
+    futex::wake_shared(&forever[0], 1);
+    loop {
+        let _ = futex::wait_shared(&forever[0], 1, None);
+    }
+}
+
+static FOREVER: [std::sync::OnceLock<&'static [AtomicU32]>; 1] = [const { std::sync::OnceLock::new() }; 1];
+
+unsafe extern "C-unwind" {
+    fn pthread_exit(value: *mut libc::c_void) -> !;
+    fn pthread_create(
+        id: *mut libc::pthread_t,
+        attr: *const libc::pthread_attr_t,
+        entry: extern "C-unwind" fn(*mut libc::c_void) -> *mut libc::c_void,
+        arg: *mut libc::c_void,
+    ) -> libc::c_int;
+}
+
+/// Forks; in the child, ends the only thread that the C library knows of while a raw one runs. Returns the child's exit
+/// status. A thread of the C library's, for `pthread_exit` unwinds its caller's frames: there may be none that catches.
+extern "C-unwind" fn fork_and_end_the_thread(_: *mut libc::c_void) -> *mut libc::c_void {
+    // SAFETY: the child makes only calls that need no lock of the C library.
+    let pid = unsafe { libc::fork() };
+    if pid != 0 {
+        return std::ptr::without_provenance_mut(usize::try_from(common::wait_for(pid)).unwrap_or(99));
+    }
+    arena::reset_lock_after_fork();
+    thread::forget_after_fork();
+    let word = &FOREVER[0].get().unwrap()[0];
+    let spawned = thread::spawn(Kind::Raw, "for ever", None, sleep_for_ever, 0).is_ok();
+    while spawned && word.load(Acquire) == 0 {
+        let _ = futex::wait_shared(word, 0, None);
+    }
+    if !spawned {
+        // SAFETY: ends the child without running anything.
+        unsafe { libc::_exit(1) };
+    }
+    // SAFETY: nothing on this thread's stack needs to be dropped.
+    unsafe { pthread_exit(std::ptr::null_mut()) }
+}
+
+#[test]
+fn the_end_of_the_programs_last_thread_ends_the_process() {
+    FOREVER[0].get_or_init(|| shared_slice(1).unwrap());
+    assert!(thread::spawn(Kind::Raw, "first", None, |_| (), 0).unwrap().join(PATIENCE));
+    let mut id = 0;
+    let mut status = std::ptr::without_provenance_mut(99);
+    // SAFETY: a thread without an argument.
+    let made = unsafe { pthread_create(&raw mut id, std::ptr::null(), fork_and_end_the_thread, std::ptr::null_mut()) };
+    assert_eq!(made, 0);
+    // SAFETY: joined once.
+    assert_eq!(unsafe { libc::pthread_join(id, &raw mut status) }, 0);
+    assert_eq!(status.addr(), 0);
+}
+
+#[test]
+fn a_process_with_raw_threads_ends_when_main_returns() {
+    const VARIABLE: &str = "UHMM_TEST_MAIN_RETURNS";
+    if env::var_os(VARIABLE).is_some() {
+        // The other process: leaves a raw thread behind.
+        FOREVER[0].get_or_init(|| shared_slice(1).unwrap());
+        thread::spawn(Kind::Raw, "for ever", None, sleep_for_ever, 0).unwrap();
+        return;
+    }
+    let output = Command::new(env::current_exe().unwrap())
+        .args(["--exact", "a_process_with_raw_threads_ends_when_main_returns"])
+        .env(VARIABLE, "1")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn unshared_files_are_the_threads_own() {
+    static FD: AtomicUsize = AtomicUsize::new(usize::MAX);
+    let body = |_| {
+        thread::unshare_files().unwrap();
+        // SAFETY: opens a file.
+        let fd = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+        // SAFETY: as far from other descriptors as a number can be that is allowed everywhere.
+        let far = unsafe { libc::dup2(fd, 777) };
+        FD.store(usize::try_from(far).unwrap_or(usize::MAX), Release);
+    };
+    assert!(thread::spawn(Kind::Raw, "files", None, body, 0).unwrap().join(PATIENCE));
+    assert_eq!(FD.load(Acquire), 777);
+    // SAFETY: asks about a number.
+    assert_eq!(unsafe { libc::fcntl(777, libc::F_GETFD) }, -1, "the descriptor is in the thread's table only");
+}
+
+#[test]
+fn cpu_sets_are_sets() {
+    let mut set = CpuSet::new();
+    assert!(set.is_empty());
+    for cpu in [0, 63, 64, 8191, 8192] {
+        set.insert(cpu);
+    }
+    assert_eq!(set.iter().collect::<Vec<_>>(), [0, 63, 64, 8191]);
+    assert_eq!((set.len(), set.contains(63), set.contains(62)), (4, true, false));
+    assert!(thread::allowed_cpus().contains(thread::current_cpu()));
+    assert!(thread::pin_to(8191).is_err() || set.len() > 4000);
+}
