@@ -23,6 +23,7 @@ use crate::{
     engine::JOB_PAGES,
     migrate::Plan,
     mirror::{DeviceFaultPolicy, FaultError},
+    mm::{Role, Threads},
     trace::Why,
 };
 
@@ -58,6 +59,8 @@ pub(crate) enum Request {
     ForkPrepare { sharing: crate::fork::Sharing },
     /// A fork that was prepared with sharing failed.
     ForkFailed,
+    /// Start one more thread of the engine: only those that one of its own makes have its files.
+    Spawn { threads: Threads, role: Role },
     /// Bring everything home and unregister all memory.
     Close,
 }

@@ -368,8 +368,7 @@ impl Mm {
         if before != u64::MAX {
             return Ok(());
         }
-        let threads = lock(&process().current).threads;
-        spawn(threads, Role::Reclaim, None)
+        self.start_thread(Role::Reclaim)
     }
 
     /// Moves random memory about from now on (see [`crate::stress`]).
@@ -378,8 +377,17 @@ impl Mm {
     /// [`StartError::Thread`].
     pub fn stress(&self, seed: u64, hooks: Option<&'static dyn crate::stress::StressHooks>) -> Result<(), StartError> {
         crate::stress::configure(seed, hooks);
+        (0..2).try_for_each(|_| self.start_thread(Role::Stress))
+    }
+
+    /// Starts one more engine thread. The calling thread has other files than the engine's.
+    fn start_thread(&self, role: Role) -> Result<(), StartError> {
         let threads = lock(&process().current).threads;
-        (0..2).try_for_each(|_| spawn(threads, Role::Stress, None))
+        match self.core.call(Request::Spawn { threads, role }, |_, reply| reply) {
+            Reply::Done => Ok(()),
+            Reply::Failed(errno) => Err(StartError::Thread(errno)),
+            reply => unreachable!("{reply:?} is no answer to starting a thread"),
+        }
     }
 
     /// From now on pages that were the program's are given back to the kernel after they moved, never filled with
@@ -652,8 +660,8 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// What an engine thread is to be.
-#[derive(Clone, Copy)]
-enum Role {
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Role {
     Starter,
     Handler,
     Mover,
@@ -690,7 +698,7 @@ fn launch(start: Start, threads: Threads) -> Result<&'static Core<LinuxMm>, Star
     *lock(&process.start) = Some(start);
     *lock(&process.result) = None;
     process.started.store(0, Release);
-    spawn(threads, Role::Starter, None)?;
+    spawn(threads, Role::Starter, None).map_err(StartError::Thread)?;
     while process.started.load(Acquire) == 0 {
         let _ = futex::wait(&process.started, 0, None);
     }
@@ -700,14 +708,14 @@ fn launch(start: Start, threads: Threads) -> Result<&'static Core<LinuxMm>, Star
 /// Address space for the engine. Only what is used is ever memory.
 const ARENA_BYTES: u64 = 4 << 30;
 
-fn spawn(threads: Threads, role: Role, cpu: Option<usize>) -> Result<(), StartError> {
+pub(crate) fn spawn(threads: Threads, role: Role, cpu: Option<usize>) -> Result<(), Errno> {
     let (kind, name) = match (threads, role) {
         (Threads::Ordinary, Role::Handler) => (thread::Kind::Pthread, "uhmm-fault"),
         (Threads::Ordinary, _) => (thread::Kind::Pthread, "uhmm-move"),
         (Threads::Hidden, Role::Handler) => (thread::Kind::Raw, "uhmm-fault"),
         (Threads::Hidden, _) => (thread::Kind::Raw, "uhmm-move"),
     };
-    thread::spawn(kind, name, cpu, thread_main, role.arg()).map(drop).map_err(StartError::Thread)
+    thread::spawn(kind, name, cpu, thread_main, role.arg()).map(drop)
 }
 
 fn thread_main(arg: usize) {
@@ -762,10 +770,10 @@ fn set_up(start: Start) -> Result<&'static Core<LinuxMm>, StartError> {
     }
     *lock(&process().running) = Some(core);
     for cpu in thread::allowed_cpus().iter() {
-        spawn(threads, Role::Handler, Some(cpu))?;
+        spawn(threads, Role::Handler, Some(cpu)).map_err(StartError::Thread)?;
     }
     for _ in 1..movers {
-        spawn(threads, Role::Mover, None)?;
+        spawn(threads, Role::Mover, None).map_err(StartError::Thread)?;
     }
     Ok(core)
 }

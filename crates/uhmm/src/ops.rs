@@ -87,6 +87,10 @@ impl<O: Os> Core<O> {
                 self.thaw();
                 Reply::Done
             }
+            Request::Spawn { threads, role } => match crate::mm::spawn(threads, role, None) {
+                Ok(()) => Reply::Done,
+                Err(errno) => Reply::Failed(errno),
+            },
             Request::Close => Reply::Left(self.close(ctx)),
         }
     }
