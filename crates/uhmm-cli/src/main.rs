@@ -20,12 +20,14 @@ struct Args {
 enum Command {
     Bench(cmd::bench::Args),
     Doctor(cmd::doctor::Args),
+    Run(cmd::run::Args),
 }
 
 fn main() -> ExitCode {
     let outcome = match Args::parse().command {
         Command::Bench(args) => cmd::bench::run(&args),
         Command::Doctor(args) => cmd::doctor::run(&args),
+        Command::Run(args) => cmd::run::run(&args),
     };
     match outcome {
         Ok(code) => code,

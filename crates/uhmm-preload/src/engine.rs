@@ -1,0 +1,281 @@
+//! The orders of `uhmm run`, and the engine of this process.
+
+use std::{
+    ffi::CString,
+    os::{
+        fd::{FromRawFd, OwnedFd},
+        raw::c_int,
+    },
+    sync::{
+        OnceLock,
+        atomic::{
+            AtomicBool, AtomicPtr,
+            Ordering::{Acquire, Relaxed, Release},
+        },
+    },
+    time::Duration,
+};
+
+use uhmm::{
+    DeviceFaultPolicy, Mirror, Mm,
+    addr::{PageRange, VirtAddr},
+    device::Cause,
+    fork,
+    mm::{Setup, Threads},
+    session::{self, DeviceSpec, EXIT_FAILED, LimitShift, Session},
+    stress::StressHooks,
+    trace::{Counter, Stats},
+};
+use uhmm_devices::soft::{SoftConfig, SoftDevice};
+use uhmm_sys::{arena, thread};
+
+use crate::{
+    Environment, limits,
+    say::{Files, report_panics, say},
+};
+
+/// How long a program runs before an engine is started for it. What ends sooner never pays for one.
+const HEAD_START: Duration = Duration::from_millis(20);
+/// How long a stress access of a device fights for a page before the next one has its turn.
+const ACCESS_BUDGET: Duration = Duration::from_millis(20);
+
+/// What `uhmm run` wants of each process.
+#[derive(Debug)]
+struct Orders {
+    devices: Vec<DeviceSpec>,
+    resident: Option<u64>,
+    stress: Option<u64>,
+    stats: Option<Stats>,
+}
+
+/// Set once, in the constructor, and only where something is to move.
+static ORDERS: OnceLock<Orders> = OnceLock::new();
+/// Whether failures end the process.
+static STRICT: AtomicBool = AtomicBool::new(false);
+/// Whether the program lets the kernel refer to its pages beyond the end of a system call.
+static LENDS_PAGES: AtomicBool = AtomicBool::new(false);
+/// The engine of this process; null until it runs, and in a forked child until its own does.
+static RUNNING: AtomicPtr<Running> = AtomicPtr::new(std::ptr::null_mut());
+
+/// An engine that runs.
+struct Running {
+    mm: Mm,
+    /// Whose engine it is: a child that a raw `clone` made finds its parent's here.
+    pid: u32,
+    devices: Vec<Mirror<SoftDevice>>,
+}
+
+/// Reads the orders, and sees to it that an engine is started where something is to move.
+pub(crate) fn start(environment: &Environment) {
+    if environment.get(session::RESIDENT).is_none() && environment.get(session::STRESS).is_none() {
+        return;
+    }
+    STRICT.store(environment.get(session::STRICT) == Some(b"1"), Relaxed);
+    match read_orders(environment) {
+        Ok(orders) => {
+            limits::shift_by(LimitShift::for_devices(&orders.devices));
+            let _ = ORDERS.set(orders);
+        }
+        Err(why) => return fail(Files::Program, format_args!("{why}")),
+    }
+    report_panics();
+    if !fork::register() {
+        return fail(Files::Program, format_args!("forks cannot be followed"));
+    }
+    fork::after_fork_in_child(in_child);
+    schedule();
+}
+
+fn read_orders(environment: &Environment) -> Result<Orders, String> {
+    let text = |name: &str| match environment.get(name).map(str::from_utf8) {
+        None => Ok(None),
+        Some(Ok(text)) => Ok(Some(text)),
+        Some(Err(_)) => Err(format!("{name} is not UTF-8")),
+    };
+    let number = |name: &str| match text(name)? {
+        None => Ok(None),
+        Some(digits) => digits.parse().map(Some).map_err(|_| format!("{name}: `{digits}` is no number")),
+    };
+    let devices = session::parse_devices(text(session::DEVICES)?.unwrap_or_default())
+        .map_err(|why| format!("{}: {why}", session::DEVICES))?;
+    // Where the figures cannot be shared (another user's process, another container) nobody misses this one's.
+    let stats = text(session::SESSION)?.and_then(join);
+    Ok(Orders { devices, resident: number(session::RESIDENT)?, stress: number(session::STRESS)?, stats })
+}
+
+fn join(path: &str) -> Option<Stats> {
+    let path = CString::new(path).ok()?;
+    // SAFETY: the path is a string; the kernel reads it and nothing else.
+    let fd: c_int = unsafe { libc::open(path.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+    if fd < 0 {
+        return None;
+    }
+    // SAFETY: opened above, and owned by nobody else.
+    Session::join(unsafe { OwnedFd::from_raw_fd(fd) }).ok()
+}
+
+/// Says why this process is not managed. It runs on as it is, unless that was forbidden.
+fn fail(files: Files, why: std::fmt::Arguments<'_>) {
+    say(files, format_args!("not managed: {why}"));
+    if STRICT.load(Relaxed) {
+        // SAFETY: ends the process at once; there is nothing to be tidied up.
+        unsafe { libc::_exit(c_int::from(EXIT_FAILED)) };
+    }
+}
+
+/// Starts the thread that will start the engine.
+fn schedule() {
+    if let Err(errno) = thread::spawn(thread::Kind::Raw, "uhmm-start", None, starter, 0) {
+        fail(Files::Program, format_args!("no thread to start with: {errno}"));
+    }
+}
+
+/// In a forked child, whose parent's engine is none of its own.
+fn in_child() {
+    RUNNING.store(std::ptr::null_mut(), Release);
+    if let Some(stats) = ORDERS.get().and_then(|orders| orders.stats) {
+        stats.add(Counter::Forks, 1);
+    }
+    schedule();
+}
+
+fn starter(_: usize) {
+    std::thread::sleep(HEAD_START);
+    let Some(orders) = ORDERS.get() else { return };
+    // Before the devices are made, whose files the engine's threads inherit.
+    if let Err(errno) = own_files() {
+        return fail(Files::Program, format_args!("no files of its own for the engine: {errno}"));
+    }
+    match set_up(orders) {
+        Ok(running) => RUNNING.store(std::ptr::from_ref(running).cast_mut(), Release),
+        Err(why) => fail(Files::Own, format_args!("{why}")),
+    }
+    // A program that lent its pages meanwhile did not find the engine.
+    if LENDS_PAGES.load(Acquire) {
+        lends_pages();
+    }
+}
+
+/// Gives the calling thread an empty table of file descriptors: in a copy of the program's, pipes would stay open that
+/// the program has closed.
+///
+/// # Kernel
+/// `close_range(2)` with `CLOSE_RANGE_UNSHARE`.
+fn own_files() -> Result<(), std::io::Error> {
+    // SAFETY: unshares first, so that no file of the program's is closed, nor any that another thread uses.
+    let answer = unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, libc::CLOSE_RANGE_UNSHARE) };
+    if answer == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+fn set_up(orders: &Orders) -> Result<&'static Running, String> {
+    let devices: Vec<SoftDevice> = orders.devices.iter().enumerate().map(make_device).collect::<Result<_, _>>()?;
+    let setup = Setup { threads: Threads::Hidden, stats: orders.stats, ..Setup::default() };
+    let mm = Mm::open_with(setup).map_err(|why| why.to_string())?;
+    mm.stats().add(Counter::Processes, 1);
+    let register = |device| mm.register(device).map_err(|why| why.to_string());
+    let devices: Vec<Mirror<SoftDevice>> = devices.into_iter().map(register).collect::<Result<_, _>>()?;
+    for mirror in &devices {
+        // Lanes, but no workers: nobody has work for them.
+        let port = mirror.port().ok_or("a device is gone already")?;
+        mirror.device().start(port, 0, thread::Kind::Raw).map_err(|why| why.to_string())?;
+    }
+    let running = Running { mm, pid: std::process::id(), devices };
+    // It is never dropped: pages may be away until the process ends.
+    let running = arena::value(running).map_err(|errno| format!("no memory: {errno}"))?;
+    if let Some(limit) = orders.resident {
+        running.mm.keep_resident(limit).map_err(|why| why.to_string())?;
+    }
+    if let Some(seed) = orders.stress {
+        // Processes of a tree differ, so that they do not all do the same.
+        let seed = seed.wrapping_add(u64::from(running.pid) << 32);
+        running.mm.stress(seed, Some(running)).map_err(|why| why.to_string())?;
+    }
+    Ok(running)
+}
+
+fn make_device((n, spec): (usize, &DeviceSpec)) -> Result<SoftDevice, String> {
+    let name = format!("uhmm-soft{n}");
+    let config = match &spec.dir {
+        None => SoftConfig::ram(&name, spec.bytes),
+        Some(dir) => SoftConfig::file(&name, dir, spec.bytes),
+    };
+    let config = SoftConfig { kind: spec.kind, access_budget: ACCESS_BUDGET, ..config };
+    SoftDevice::new(&config).map_err(|why| format!("device {spec}: {why}"))
+}
+
+/// The engine, where it runs and is this process's.
+fn running() -> Option<&'static Running> {
+    let running = RUNNING.load(Acquire);
+    // SAFETY: only `starter` stores a pointer that is not null, and that one leads to a value that is never dropped.
+    unsafe { running.cast_const().as_ref() }
+}
+
+/// Gives up all translations of `start..start + len`, whose mapping is about to change, or has.
+///
+/// # Locking
+/// May be called in a signal handler. Takes no lock that the calling thread may hold; waits for an engine thread.
+pub(crate) fn invalidate(start: VirtAddr, len: u64, cause: Cause) {
+    let Some(running) = running() else { return };
+    if !running.mm.is_mirrored() || running.pid != std::process::id() {
+        return;
+    }
+    // Where it is no range the system call will say so.
+    if let Ok(range) = PageRange::covering(start, len) {
+        running.mm.invalidate(range, cause);
+    }
+}
+
+/// Whether this process has an engine.
+pub(crate) fn is_running() -> bool {
+    running().is_some_and(|running| running.pid == std::process::id())
+}
+
+/// Brings `range` home and unregisters it, for a userfaultfd of the program's own.
+///
+/// # Locking
+/// As [`invalidate`].
+pub(crate) fn release(range: PageRange) {
+    if let Some(running) = running()
+        && running.pid == std::process::id()
+    {
+        // Where that fails the program's own call answers as if somebody else had it.
+        let _ = running.mm.release(range);
+    }
+}
+
+/// Undoes what registration did to the mappings of `range`, which the program sees as one.
+///
+/// # Locking
+/// As [`invalidate`].
+pub(crate) fn unsplit(range: PageRange) {
+    if let Some(running) = running()
+        && running.pid == std::process::id()
+    {
+        running.mm.unsplit(range);
+    }
+}
+
+/// The program lets the kernel refer to its pages beyond the end of a system call: a page that moved must not be filled
+/// with other bytes.
+pub(crate) fn lends_pages() {
+    LENDS_PAGES.store(true, Release);
+    if let Some(running) = running() {
+        running.mm.never_recycle();
+    }
+}
+
+impl StressHooks for Running {
+    fn device_access(&self, addr: VirtAddr, random: u64) {
+        let Some(n) = usize::try_from(random >> 32).ok().and_then(|n| n.checked_rem(self.devices.len())) else {
+            return;
+        };
+        let Some(mut lane) = self.devices[n].device().lane() else { return };
+        lane.set_fault_policy(if random & 1 == 0 { DeviceFaultPolicy::Map } else { DeviceFaultPolicy::Migrate });
+        let (done, counter) = if random & 6 == 0 {
+            (lane.fetch_add_u64(addr, 0).is_ok(), Counter::DeviceAtomics)
+        } else {
+            (lane.load_u64(addr).is_ok(), Counter::DeviceReads)
+        };
+        self.mm.stats().add(counter, usize::from(done));
+    }
+}

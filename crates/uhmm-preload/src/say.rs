@@ -1,0 +1,71 @@
+//! Messages to the program's standard error: one line each, without allocation, without the C library's streams.
+
+use std::{ffi::c_int, fmt::Write as _};
+
+use uhmm_sys::thread;
+
+/// A line that is cut off where it is too long.
+struct Line {
+    bytes: [u8; 512],
+    len: usize,
+}
+
+impl std::fmt::Write for Line {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        let n = text.len().min(self.bytes.len() - self.len);
+        self.bytes[self.len..self.len + n].copy_from_slice(&text.as_bytes()[..n]);
+        self.len += n;
+        Ok(())
+    }
+}
+
+/// Whose table of file descriptors the calling thread has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Files {
+    /// The program's.
+    Program,
+    /// A hidden thread's own, which has no standard error.
+    Own,
+}
+
+/// Writes `uhmm: `, the message and the end of the line to the program's standard error.
+pub(crate) fn say(files: Files, message: std::fmt::Arguments<'_>) {
+    let mut line = Line { bytes: [0; 512], len: 0 };
+    // Never fails: what does not fit is cut off.
+    let _ = write!(line, "uhmm: process {}: {message}", std::process::id());
+    let len = line.len.min(line.bytes.len() - 1);
+    line.bytes[len] = b'\n';
+    let text = &line.bytes[..=len];
+    match files {
+        Files::Program => write_all(libc::STDERR_FILENO, text),
+        Files::Own => {
+            let flags = libc::O_WRONLY | libc::O_APPEND | libc::O_NOCTTY | libc::O_CLOEXEC;
+            // SAFETY: the path is a string; the kernel reads it and nothing else.
+            let fd = unsafe { libc::open(c"/proc/self/fd/2".as_ptr(), flags) };
+            if fd >= 0 {
+                write_all(fd, text);
+                // SAFETY: opened above, for this.
+                unsafe { libc::close(fd) };
+            }
+        }
+    }
+}
+
+fn write_all(fd: c_int, text: &[u8]) {
+    // SAFETY: the kernel reads the bytes and nothing else. A message that cannot be written is lost.
+    unsafe { libc::write(fd, text.as_ptr().cast(), text.len()) };
+}
+
+/// Has panics of this library's threads reported where the program's standard error is. They end the process.
+pub(crate) fn report_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        let files = if on_own_files() { Files::Own } else { Files::Program };
+        say(files, format_args!("bug in uhmm, thread {}: {info}", thread::gettid()));
+    }));
+}
+
+/// Whether the calling thread has no standard error of its own, as hidden threads have none.
+fn on_own_files() -> bool {
+    // SAFETY: asks about a number.
+    unsafe { libc::fcntl(libc::STDERR_FILENO, libc::F_GETFD) < 0 }
+}
