@@ -18,6 +18,7 @@ use crate::{
     arena,
     maps::Prot,
     mem::{HostBytes, Mapping},
+    probe::{self, Cap},
     raw,
 };
 
@@ -178,8 +179,7 @@ impl UnwaitingReader {
 /// # Kernel
 /// `madvise(2)` with `MADV_POPULATE_READ`.
 pub fn populate_read(range: PageRange) -> Result<(), Errno> {
-    // SAFETY: as a load; changes no bytes.
-    unsafe { raw::madvise(range, libc::MADV_POPULATE_READ) }
+    populate(range, libc::MADV_POPULATE_READ)
 }
 
 /// Faults the pages of `range` in for writing, as a store would, but changes no bytes. Breaks sharing after a fork.
@@ -190,8 +190,16 @@ pub fn populate_read(range: PageRange) -> Result<(), Errno> {
 /// # Kernel
 /// `madvise(2)` with `MADV_POPULATE_WRITE`.
 pub fn populate_write(range: PageRange) -> Result<(), Errno> {
-    // SAFETY: as a store that changes no bytes.
-    unsafe { raw::madvise(range, libc::MADV_POPULATE_WRITE) }
+    populate(range, libc::MADV_POPULATE_WRITE)
+}
+
+/// A masked advice ([`probe::mask`]) is unknown, as to an old kernel.
+fn populate(range: PageRange, advice: i32) -> Result<(), Errno> {
+    if probe::masked(Cap::Populate) {
+        return Err(Errno::INVAL);
+    }
+    // SAFETY: as a load, or as a store that changes no bytes.
+    unsafe { raw::madvise(range, advice) }
 }
 
 /// Drops the pages of `range`. Private anonymous memory is a hole afterwards. Pages of `mlock`ed memory too.

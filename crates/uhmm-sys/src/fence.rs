@@ -12,7 +12,10 @@ use std::sync::atomic::{
     compiler_fence, fence,
 };
 
-use crate::raw;
+use crate::{
+    probe::{self, Cap},
+    raw,
+};
 
 const PRIVATE_EXPEDITED: u64 = 1 << 3;
 const REGISTER_PRIVATE_EXPEDITED: u64 = 1 << 4;
@@ -25,7 +28,8 @@ fn membarrier(command: u64) -> bool {
     unsafe { raw::syscall(libc::SYS_membarrier, [command, 0, 0]) }.is_ok()
 }
 
-/// Registers the process for cheap light fences and says whether that worked.
+/// Registers the process for cheap light fences and says whether that worked. Masked
+/// ([`probe::mask`]), it does not.
 ///
 /// To be called before the threads that use the fences exist: a thread that has not heard of it makes a full fence,
 /// which pairs with either kind, but a [`heavy`] that has not heard of it would not pair with a light one that has.
@@ -33,7 +37,7 @@ fn membarrier(command: u64) -> bool {
 /// # Kernel
 /// `membarrier(2)`, `MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED`, from Linux 4.14.
 pub fn register_membarrier() -> bool {
-    if !REGISTERED.load(Acquire) && membarrier(REGISTER_PRIVATE_EXPEDITED) {
+    if !REGISTERED.load(Acquire) && !probe::masked(Cap::Membarrier) && membarrier(REGISTER_PRIVATE_EXPEDITED) {
         REGISTERED.store(true, Release);
     }
     REGISTERED.load(Acquire)

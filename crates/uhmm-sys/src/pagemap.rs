@@ -12,6 +12,7 @@ use bitflags::bitflags;
 use crate::{
     Errno,
     addr::{PAGE_SHIFT, PAGE_SIZE, PageRange, VirtAddr},
+    probe::{self, Cap},
     raw,
 };
 
@@ -89,7 +90,7 @@ pub struct Pagemap {
 }
 
 impl Pagemap {
-    /// Opens the page map of this process.
+    /// Opens the page map of this process. A masked scan ([`probe::mask`]) counts as missing.
     ///
     /// # Errors
     /// `ENOENT`, `EACCES`: no `/proc`, or not readable. `EMFILE`, `ENFILE`.
@@ -98,7 +99,7 @@ impl Pagemap {
         let mut map = Self { fd, scan: true };
         // One page that need not exist: only whether the kernel knows the request matters.
         let page = PageRange::page_of(VirtAddr::new(PAGE_SIZE));
-        map.scan = map.scan_regions(page, &mut [Page::empty()]).is_ok();
+        map.scan = !probe::masked(Cap::PagemapScan) && map.scan_regions(page, &mut [Page::empty()]).is_ok();
         Ok(map)
     }
 

@@ -29,7 +29,9 @@ use thiserror::Error;
 use crate::{
     Errno,
     addr::{PageRange, VirtAddr},
-    arena, raw,
+    arena,
+    probe::{self, Cap},
+    raw,
 };
 
 bitflags! {
@@ -335,6 +337,7 @@ impl Uffd {
     ///
     /// Tries, in this order: `userfaultfd(2)`, `/dev/userfaultfd`, `userfaultfd(2)` with `UFFD_USER_MODE_ONLY`. Without
     /// `CAP_SYS_PTRACE` it goes without `EVENT_FORK`. [`Uffd::features`] and [`Uffd::kernel_faults`] say what it came to.
+    /// What [`probe::mask`] hides is not tried.
     ///
     /// # Errors
     /// [`OpenError`].
@@ -344,7 +347,7 @@ impl Uffd {
         let (scratch, _) = Self::new_fd()?;
         let supported = handshake(scratch.as_fd(), Features::empty()).map_err(OpenError::Api)?;
         drop(scratch);
-        let mut features = wanted.intersection(supported);
+        let mut features = probe::unmasked(wanted).intersection(supported);
         let mut answer = handshake(fd.as_fd(), features);
         if answer == Err(Errno::PERM) && features.contains(Features::EVENT_FORK) {
             features.remove(Features::EVENT_FORK);
@@ -356,13 +359,19 @@ impl Uffd {
 
     fn new_fd() -> Result<(OwnedFd, KernelFaults), OpenError> {
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-        let by_syscall = |flags: i32| {
+        let by_syscall = |flags: i32, caps: [Cap; 2]| {
+            if caps.into_iter().any(probe::masked) {
+                return Err(Errno::PERM);
+            }
             // SAFETY: makes a file descriptor and touches no memory.
             let fd = unsafe { raw::syscall(libc::SYS_userfaultfd, [raw::arg(flags)]) }?;
             // SAFETY: the call succeeded, so `fd` is new.
             Ok(unsafe { raw::take_fd(fd) })
         };
         let by_device = || {
+            if probe::masked(Cap::UffdDevice) || probe::masked(Cap::KernelFaults) {
+                return Err(Errno::ACCESS);
+            }
             let device = raw::open(c"/dev/userfaultfd", libc::O_RDWR)?;
             // SAFETY: this ioctl takes flags, no pointer, and makes a file descriptor.
             let fd =
@@ -370,7 +379,7 @@ impl Uffd {
             // SAFETY: the call succeeded, so `fd` is new.
             Ok(unsafe { raw::take_fd(fd) })
         };
-        let syscall = match by_syscall(flags) {
+        let syscall = match by_syscall(flags, [Cap::UffdSyscall, Cap::KernelFaults]) {
             Ok(fd) => return Ok((fd, KernelFaults::Yes)),
             Err(e) => e,
         };
@@ -378,7 +387,7 @@ impl Uffd {
             Ok(fd) => return Ok((fd, KernelFaults::Yes)),
             Err(e) => e,
         };
-        match by_syscall(flags | abi::USER_MODE_ONLY) {
+        match by_syscall(flags | abi::USER_MODE_ONLY, [Cap::UffdUserOnly; 2]) {
             Ok(fd) => Ok((fd, KernelFaults::UserOnly)),
             Err(user_only) => Err(OpenError::Denied { syscall, device, user_only }),
         }

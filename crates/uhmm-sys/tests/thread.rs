@@ -1,6 +1,7 @@
 //! Threads of both kinds on the real kernel.
 // UNSAFETY: asks the kernel and the C library about the threads, and forks.
 
+#[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
 mod common;
 
 use std::{
