@@ -123,11 +123,11 @@ impl<O: Os> Core<O> {
         if os.has_move() {
             os.register(staging.range(), RegisterMode::WP)?;
         }
-        Self::assemble(os, Blocks::new(config.max_blocks)?, staging, stats)
+        Self::assemble(os, Blocks::new(config.max_blocks)?, staging, stats, 0)
     }
 
     /// Puts the parts of an address space together.
-    pub(crate) fn assemble(os: O, blocks: Blocks, staging: Staging, stats: Stats) -> Result<Self, Errno> {
+    pub(crate) fn assemble(os: O, blocks: Blocks, staging: Staging, stats: Stats, forks: u64) -> Result<Self, Errno> {
         let started_ns = os.now_ns();
         Ok(Self {
             blocks,
@@ -143,7 +143,7 @@ impl<O: Os> Core<O> {
             threads: AtomicU32::new(0),
             outs: AtomicU32::new(0),
             frozen: AtomicU32::new(0),
-            homecomings: Homecomings::new()?,
+            homecomings: Homecomings::new(forks)?,
             started_ns,
             max_mappings: uhmm_sys::limits::max_map_count().unwrap_or(65_530),
             stop: AtomicU32::new(0),

@@ -155,39 +155,53 @@ extern "C" fn child() {
 /// Pages that came home, or were dropped, while a fork was under way: the child may have a reference too many.
 #[derive(Debug)]
 pub(crate) struct Homecomings {
+    /// Page, and frame, device and fork packed. A page of 0: being written.
     entries: &'static [[AtomicU64; 2]],
     count: AtomicUsize,
+    /// Number of the fork, from 1. It goes on in the child, whose blocks remember it.
+    fork: AtomicU64,
 }
 
 /// Homecomings that fit the log; handlers wait for the fork's end when it is full.
 const HOMECOMINGS: usize = 1 << 16;
+const FORK_SHIFT: u32 = 40;
 
 impl Homecomings {
-    pub(crate) fn new() -> Result<Self, Errno> {
-        Ok(Self { entries: arena::slice(HOMECOMINGS)?, count: AtomicUsize::new(0) })
+    pub(crate) fn new(fork: u64) -> Result<Self, Errno> {
+        Ok(Self { entries: arena::slice(HOMECOMINGS)?, count: AtomicUsize::new(0), fork: AtomicU64::new(fork) })
     }
 
-    fn clear(&self) {
+    fn fork(&self) -> u64 {
+        self.fork.load(Acquire)
+    }
+
+    /// Begins anew, for the next fork. Entries that a slow handler still adds for the last one tell by their number.
+    fn begin(&self) {
+        self.fork.fetch_add(1, AcqRel);
         self.count.store(0, Release);
     }
 
-    fn add(&self, page: VirtAddr, device: DeviceId, pfn: DevPfn) -> bool {
+    fn add(&self, fork: u64, page: VirtAddr, device: DeviceId, pfn: DevPfn) -> bool {
         let n = self.count.fetch_add(1, AcqRel);
         let Some([at, what]) = self.entries.get(n) else {
             self.count.fetch_sub(1, AcqRel);
             return false;
         };
-        what.store(u64::from(pfn.get()) << 8 | device.index() as u64, Relaxed);
+        // A fork may copy the entry at any moment: it has no page until all of it is there.
+        at.store(0, Release);
+        what.store(fork << FORK_SHIFT | u64::from(pfn.get()) << 8 | device.index() as u64, Release);
         at.store(page.get(), Release);
         true
     }
 
-    /// Each entry that is complete.
+    /// Each entry of this fork that is complete.
     fn each(&self, mut f: impl FnMut(VirtAddr, DeviceId, DevPfn)) {
+        let fork = self.fork() << FORK_SHIFT;
         for [at, what] in &self.entries[..self.count.load(Acquire).min(HOMECOMINGS)] {
-            let (at, what) = (at.load(Acquire), what.load(Relaxed));
-            let pfn = u32::try_from(what >> 8).expect("a frame number has 32 bits");
+            let (at, what) = (at.load(Acquire), what.load(Acquire));
+            let pfn = u32::try_from(what >> 8 & 0xffff_ffff).expect("masked to 32 bits");
             if at != 0
+                && what >> FORK_SHIFT << FORK_SHIFT == fork
                 && let Some(device) = DeviceId::from_index(usize::try_from(what & 0xff).expect("8 bits"))
             {
                 f(VirtAddr::new(at), device, DevPfn::new(pfn));
@@ -199,12 +213,14 @@ impl Homecomings {
 impl<O: Os> Core<O> {
     /// Logs pages that are about to leave their frames, if a fork is under way.
     pub(crate) fn note_homecoming(&self, block: Block, run: Run, device: DeviceId, first: DevPfn) {
-        if !self.is_frozen() {
+        let fork = self.homecomings.fork();
+        // A block whose frames were not shared yet has no references to give back.
+        if !self.is_frozen() || block.fork().load(Acquire) != fork {
             return;
         }
         for (i, n) in run.pages().zip(0..) {
             let mut spins = 0;
-            while !self.homecomings.add(block.page(i), device, first.add(n)) && self.is_frozen() {
+            while !self.homecomings.add(fork, block.page(i), device, first.add(n)) && self.is_frozen() {
                 pause(&mut spins);
             }
         }
@@ -212,8 +228,8 @@ impl<O: Os> Core<O> {
 
     pub(crate) fn prepare_fork(&'static self, ctx: &mut Ctx, sharing: Sharing) {
         self.stats.add(Counter::Forks, 1);
+        self.homecomings.begin();
         self.freeze();
-        self.homecomings.clear();
         if sharing == Sharing::Home {
             return self.range_home(ctx, whole_space(), Why::Fork, &mut |_, _| {});
         }
@@ -232,8 +248,12 @@ impl<O: Os> Core<O> {
     fn share_block(&'static self, block: Block) -> PageSet {
         let mut must = PageSet::EMPTY;
         let mut transit = Transit::new(block, self);
+        // All at once: a page that is on its way home is either home before, or finds the block marked.
         for i in self.away(block).iter() {
-            match transit.hold(i) {
+            transit.hold(i);
+        }
+        for i in transit.held().iter() {
+            match transit.place(i) {
                 Place::Device { device, pfn } => match self.devices.get(device).filter(|e| e.survives_fork()) {
                     Some(entry) => entry.pgmap().expect("a device with frames in use has a pgmap").get(pfn),
                     None => must.insert(i),
@@ -241,8 +261,8 @@ impl<O: Os> Core<O> {
                 Place::Staged { .. } => must.insert(i),
                 Place::Cpu | Place::Poisoned { .. } => {}
             }
-            transit.put_back(i);
         }
+        block.fork().store(self.homecomings.fork(), Release);
         must
     }
 
@@ -266,7 +286,8 @@ impl<O: Os> Core<O> {
     /// In a forked child: the parent's address space as the child's, on a seam of its own. No engine thread runs yet.
     pub(crate) fn inherit(parent: &Self, os: O) -> Result<Self, Errno> {
         let staging: Staging = parent.staging.inherit()?;
-        let core = Self::assemble(os, parent.blocks.inherit(), staging, parent.stats)?;
+        let fork = parent.homecomings.fork();
+        let core = Self::assemble(os, parent.blocks.inherit(), staging, parent.stats, fork)?;
         let mut failed = None;
         parent.devices.for_each(|old| {
             let made = core.make_entry(old.id(), old.device(), old.pgmap_words()).and_then(|e| core.devices.put(e));
