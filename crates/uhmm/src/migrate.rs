@@ -407,7 +407,12 @@ impl<O: Os> Core<O> {
                 }
             }
         }
-        if stop.is_none() && frozen {
+        let by_copy = frozen
+            || stop == Some(Errno::INVAL) && taken.is_empty() && plan.why.is_asked() && {
+                stop = self.prepare_copy(ctx, transit, piece).err();
+                true
+            };
+        if stop.is_none() && by_copy {
             taken = self.copy_out(ctx, transit, chunk, &mut left, pass);
         }
         let (present, huge) = self.present(chunk, &taken);
@@ -437,6 +442,17 @@ impl<O: Os> Core<O> {
             refuse(transit, &left, outcome);
         }
         TakenOut { present, holes, huge: huge && present == PageSet::ALL }
+    }
+
+    /// Registers a mapping for the way out by copy that `MOVE` refuses: it differs from staging in more than its place,
+    /// being locked or executable, say.
+    fn prepare_copy(&self, ctx: &Ctx, transit: &Transit<'_>, piece: PageRange) -> Result<(), Errno> {
+        let _inside = self.gate.enter(ctx.slot).map_err(|_| Errno::AGAIN)?;
+        let _registration = transit.block().lock_registration();
+        // What is there now need not be what was there when this began.
+        let vma = self.os.vma(piece.start())?.filter(|v| v.range.contains_range(piece) && refusal(v).is_none());
+        vma.ok_or(Errno::INVAL)?;
+        self.os.register(piece, RegisterMode::MISSING | RegisterMode::WP)
     }
 
     /// `MOVE`s runs of held pages into `chunk`. Pages found shared or pinned go to `pass.shared`; they and those after

@@ -57,6 +57,11 @@ impl Why {
         WHY.iter().position(|&w| w == self).expect("every cause is in the table") as u32
     }
 
+    /// Whether the program or a device asked for it, rather than a policy.
+    pub(crate) fn is_asked(self) -> bool {
+        matches!(self, Self::Asked | Self::DeviceFault | Self::Exclusive)
+    }
+
     pub(crate) fn from_bits(bits: u32) -> Self {
         WHY[bits as usize % WHY.len()]
     }
