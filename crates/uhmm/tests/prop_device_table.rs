@@ -245,6 +245,15 @@ fn addresses_past_the_leaf_directories_or_the_space_have_no_entry() {
     assert!(table.set(VirtAddr::new(u64::MAX), Pte::host(Access::Read)).is_err());
 }
 
+/// Tells the readers when the writer has ended, be it by a panic.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 /// Frames say which page and which era they belong to, so a foreign or an old entry is told at once. Two tables serve
 /// four blocks, which change between the sizes all the time.
 #[test]
@@ -282,6 +291,7 @@ fn a_lookup_finds_what_was_set_for_its_page_in_its_era() {
             })
             .collect();
         start.wait();
+        let end = End(&over);
         for era in 1..=ERAS {
             begun.store(era, Ordering::SeqCst);
             for block in 0..BLOCKS {
@@ -304,7 +314,7 @@ fn a_lookup_finds_what_was_set_for_its_page_in_its_era() {
             }
             done.store(era, Ordering::SeqCst);
         }
-        over.store(true, Ordering::Release);
+        drop(end);
         readers.into_iter().map(|reader| reader.join().unwrap()).sum::<u64>()
     });
     assert!(found > 1_000, "the readers found {found} entries: nothing was tested");

@@ -193,13 +193,29 @@ fn remove_waits_for_a_running_callback_and_can_be_called_again() {
     thread::scope(|scope| {
         let invalidation = scope.spawn(|| drop(set.invalidate(&unmap(pages(0, 1)))));
         stuck.entered.wait();
-        assert!(set.remove(&subscription).is_err(), "the callback still runs");
-        assert!(set.insert(pages(0, 1), Arc::clone(&stuck)).is_err(), "its slot is not free yet");
+        let removed = set.remove(&subscription);
+        let inserted = set.insert(pages(0, 1), Arc::clone(&stuck));
         stuck.leave.wait();
         invalidation.join().unwrap();
+        assert!(removed.is_err(), "the callback still ran");
+        assert!(inserted.is_err(), "its slot was not free yet");
         set.remove(&subscription).unwrap();
         assert!(set.insert(pages(0, 1), Arc::clone(&stuck)).is_ok());
     });
+}
+
+/// Tells the other threads of a test when the last of some has ended, be it by a panic.
+struct Last<'a> {
+    running: &'a AtomicU64,
+    over: &'a AtomicBool,
+}
+
+impl Drop for Last<'_> {
+    fn drop(&mut self) {
+        if self.running.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.over.store(true, Ordering::Release);
+        }
+    }
 }
 
 const PAGES: usize = 64;
@@ -250,8 +266,10 @@ fn no_mirror_is_ever_older_than_the_mapping() {
     };
     thread::scope(|scope| {
         for me in 0..2u64 {
-            let (set, mapping, covered, running, over) = (&set, &mapping, &covered, &running, &over);
+            let (set, mapping, covered) = (&set, &mapping, &covered);
+            let last = Last { running: &running, over: &over };
             scope.spawn(move || {
+                let _last = last;
                 for round in 0..ROUNDS {
                     let first = (round * 7 + me * 31) % PAGES as u64;
                     let range = pages(first, (1 + round % 9).min(PAGES as u64 - first));
@@ -269,9 +287,6 @@ fn no_mirror_is_ever_older_than_the_mapping() {
                         assert_eq!(entry.load(Ordering::Relaxed), 0, "page {n} was mirrored while it changed");
                     }
                     drop(invalidating);
-                }
-                if running.fetch_sub(1, Ordering::AcqRel) == 1 {
-                    over.store(true, Ordering::Release);
                 }
             });
         }
@@ -324,12 +339,12 @@ fn subscriptions_may_come_and_go_during_invalidations() {
                 }
             });
         }
+        let _last = Last { running: &AtomicU64::new(1), over: &over };
         for _ in 0..ROUNDS {
             let seq = set.read_begin(&steady).unwrap();
             drop(set.invalidate(&unmap(pages(0, PAGES as u64))));
             assert!(set.read_retry(&steady, seq), "the callback was missed");
         }
-        over.store(true, Ordering::Release);
     });
     assert_eq!(set.len(), 1);
 }
