@@ -230,17 +230,14 @@ impl<O: Os> Core<O> {
         let mut done = 0;
         let mut registered = false;
         let mut by_copy = !self.os.has_move();
+        let mut one_by_one = false;
         while done < run.count {
             let Ok(_inside) = self.gate.enter(ctx.slot) else { return Put::Again(done) };
             let dst = block.page(run.first + done);
             let src = self.staging.addr(Slot::from_number(slot.number() + u32::try_from(done).expect("below 512")));
             let result = if by_copy {
-                // One page a call: a run may reach over the end of the read-only VMA that made this necessary.
-                self.os.copy(
-                    dst,
-                    self.staging.bytes(Slot::from_number(slot.number() + u32::try_from(done).expect("below 512")), 1),
-                    Wake::Now,
-                )
+                let slot = Slot::from_number(slot.number() + u32::try_from(done).expect("below 512"));
+                self.os.copy(dst, self.staging.bytes(slot, if one_by_one { 1 } else { run.count - done }), Wake::Now)
             } else {
                 let len = ((run.count - done) as u64) * PAGE_SIZE;
                 self.os.move_pages(dst, src, len, SrcHoles::Fail, Wake::Now)
@@ -254,6 +251,8 @@ impl<O: Os> Core<O> {
                 None => unreachable!("a call without progress says why"),
                 Some(Errno::AGAIN) => return Put::Again(done),
                 Some(Errno::INVAL) if !by_copy => by_copy = true,
+                // The run may reach over the end of its mapping, which `COPY` refuses as a whole.
+                Some(Errno::NOENT) if by_copy && !one_by_one && run.count - done > 1 => one_by_one = true,
                 // The range lost its registration (a move that raised no event): its bytes are here still.
                 Some(Errno::NOENT) if !registered => {
                     registered = true;
