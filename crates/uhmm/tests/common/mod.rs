@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "not every test file uses all of it")]
 #![allow(unsafe_code, reason = "tests make the memory that they then watch")]
 
+pub mod kit;
+
 use std::ptr;
 
 use uhmm::{
