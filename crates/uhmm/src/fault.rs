@@ -113,13 +113,15 @@ impl<O: Os> Core<O> {
             .find(|&n| !matches!(block.word(n).place(), Place::Cpu) || transit.try_hold(n) != Ok(Place::Cpu))
             .unwrap_or(BLOCK_PAGES.min(i + ZERO_AROUND));
         let Ok(_inside) = self.gate.enter(ctx.slot) else { return false };
-        let mut done = 0;
         let run = Run { first: i, count: end - i };
-        let result = self.os.zero(block.run(run), Wake::Now);
-        done += result.done;
+        let mut result = self.os.zero(block.run(run), Wake::Now);
+        if result.done == 0 && result.stop == Some(Errno::NOENT) && run.count > 1 {
+            // The run goes beyond the end of the mapping, or of what is registered.
+            result = self.os.zero(page, Wake::Now);
+        }
         self.stats.add(Counter::FaultsZero, 1);
         match result.stop {
-            _ if done >= PAGE_SIZE => true,
+            _ if result.done >= PAGE_SIZE => true,
             Some(Errno::AGAIN) => false,
             _ => {
                 // Present already, unmapped, or not to be filled: the thread looks for itself.
