@@ -149,6 +149,8 @@ pub(crate) enum OtherDevices {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ResidencyRule {
     Ignore,
+    /// The shortest residency counts, not its doublings.
+    AtNeed,
     Obey,
 }
 
@@ -213,7 +215,12 @@ impl<O: Os> Core<O> {
         let Ok(block) = self.blocks.find_or_add(piece.start(), SPARE_RECORDS) else {
             return outcomes.set(&want, PageOutcome::NoMemory);
         };
-        if plan.residency == ResidencyRule::Obey && !policy::may_leave(block.policy(), self.now_ms()) {
+        let may_leave = match plan.residency {
+            ResidencyRule::Ignore => true,
+            ResidencyRule::AtNeed => policy::may_leave_at_need(block.policy(), self.now_ms()),
+            ResidencyRule::Obey => policy::may_leave(block.policy(), self.now_ms()),
+        };
+        if !may_leave {
             self.stats.add(Counter::SkippedHot, want.count());
             return outcomes.set(&want, PageOutcome::Hot);
         }

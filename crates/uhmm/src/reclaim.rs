@@ -105,6 +105,8 @@ impl<O: Os> Core<O> {
     pub(crate) fn run_reclaim(&'static self) {
         let mut ctx = self.new_ctx();
         let Ok(mut queue) = Queue::new() else { return };
+        // It must keep up with a program that allocates on every CPU. Without the privilege it is one among many.
+        let _ = uhmm_sys::thread::set_nice(-10);
         let mut hand = Hand { walk: Walk::default(), idle_rounds: 0 };
         let mut last_rss = 0u64;
         while self.stop.load(Relaxed) == 0 {
@@ -149,7 +151,7 @@ impl<O: Os> Core<O> {
                 continue;
             }
             if !enough && hand.idle_rounds < 2 {
-                worked |= self.set_aside_next(ctx, queue, hand);
+                worked |= self.set_aside_next(ctx, queue, hand, urgent);
                 continue;
             }
             break;
@@ -158,7 +160,7 @@ impl<O: Os> Core<O> {
     }
 
     /// Sets the pages of the next block aside that the hand comes upon. Returns whether any could be.
-    fn set_aside_next(&'static self, ctx: &mut Ctx, queue: &mut Queue, hand: &mut Hand) -> bool {
+    fn set_aside_next(&'static self, ctx: &mut Ctx, queue: &mut Queue, hand: &mut Hand, urgent: bool) -> bool {
         let Some(part) = self.next_part(&mut hand.walk) else {
             hand.idle_rounds += 1;
             return false;
@@ -168,7 +170,7 @@ impl<O: Os> Core<O> {
             why: Why::Cold,
             holes: Holes::Skip,
             other_devices: OtherDevices::Leave,
-            residency: ResidencyRule::Obey,
+            residency: if urgent { ResidencyRule::AtNeed } else { ResidencyRule::Obey },
             owner: None,
         };
         let mut outcomes = Outcomes::new();
