@@ -35,6 +35,8 @@ pub(crate) const JOBS: usize = 16;
 pub(crate) enum Request {
     /// Move pages out. A result per page: a `PageOutcome`.
     Migrate { range: PageRange, plan: Plan },
+    /// Find the first mapped address at or above `at`.
+    NextMapped { at: VirtAddr },
     /// Bring pages home. A result per page: a `PageOutcome`.
     Home { range: PageRange, why: Why },
     /// Take a device into the table.
@@ -80,6 +82,8 @@ impl std::fmt::Debug for DeviceRef {
 pub(crate) enum Reply {
     /// See the results per page, or nothing to say.
     Done,
+    /// An address.
+    At(VirtAddr),
     /// A device was registered.
     Registered(DeviceId),
     /// There are too many devices.

@@ -17,7 +17,7 @@ use std::sync::{
 use thiserror::Error;
 use uhmm_sys::{
     Errno,
-    addr::{PageRange, RangeError, VirtAddr},
+    addr::{PAGE_SIZE, PageRange, RangeError, VirtAddr},
     arena, futex,
     mem::HostBytes,
     thread,
@@ -29,7 +29,7 @@ use crate::{
     device::{DevPfn, Device, DeviceId},
     device_table::{Access, DeviceTable, Pte},
     devices::Entry,
-    engine::{Config, Core, job_pieces},
+    engine::{Config, Core, JOB_PAGES, job_pieces},
     job::{DeviceRef, Reply, Request},
     linux::LinuxMm,
     migrate::{Holes, OtherDevices, PageOutcome, Plan, ResidencyRule},
@@ -190,14 +190,27 @@ pub enum Location {
     Poisoned(DeviceId),
 }
 
-/// One outcome per page of a range.
+/// One outcome per page of a range. Neighbours with the same outcome are kept as one, so that a report on an enormous
+/// range is small.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
     range: PageRange,
-    outcomes: Vec<PageOutcome>,
+    runs: Vec<(PageOutcome, usize)>,
 }
 
 impl Report {
+    const fn new(range: PageRange) -> Self {
+        Self { range, runs: Vec::new() }
+    }
+
+    fn push(&mut self, outcome: PageOutcome, pages: usize) {
+        match self.runs.last_mut() {
+            _ if pages == 0 => {}
+            Some((last, count)) if *last == outcome => *count += pages,
+            _ => self.runs.push((outcome, pages)),
+        }
+    }
+
     /// The range asked for.
     #[must_use]
     pub const fn range(&self) -> PageRange {
@@ -205,21 +218,26 @@ impl Report {
     }
 
     /// The outcome for each page, ascending.
+    pub fn outcomes(&self) -> impl Iterator<Item = PageOutcome> {
+        self.runs.iter().flat_map(|&(outcome, pages)| std::iter::repeat_n(outcome, pages))
+    }
+
+    /// The outcomes, ascending, each with the number of neighbouring pages that had it.
     #[must_use]
-    pub fn outcomes(&self) -> &[PageOutcome] {
-        &self.outcomes
+    pub fn runs(&self) -> &[(PageOutcome, usize)] {
+        &self.runs
     }
 
     /// How many pages had that outcome.
     #[must_use]
     pub fn count(&self, outcome: PageOutcome) -> usize {
-        self.outcomes.iter().filter(|&&o| o == outcome).count()
+        self.runs.iter().filter(|(o, _)| *o == outcome).map(|(_, pages)| pages).sum()
     }
 
     /// Whether every page is where it should be.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        self.outcomes.iter().all(|o| matches!(o, PageOutcome::Moved | PageOutcome::Already))
+        self.runs.iter().all(|(o, _)| matches!(o, PageOutcome::Moved | PageOutcome::Already))
     }
 
     /// How many pages had each outcome that occurred.
@@ -297,11 +315,11 @@ impl Mm {
     #[must_use]
     pub fn home(&self, range: PageRange) -> Report {
         let request = |range| Request::Home { range, why: Why::Asked };
-        let mut report = run_pieces(self.core, range, request);
-        for outcome in &mut report.outcomes {
-            if *outcome == PageOutcome::Untried {
-                *outcome = PageOutcome::Already;
-            }
+        let mut report = Report::new(range);
+        // What is not mapped is nowhere; what the engine had nothing to do with is there.
+        for (outcome, pages) in run_pieces(self.core, range, request).runs {
+            let there = matches!(outcome, PageOutcome::Untried | PageOutcome::Unmapped);
+            report.push(if there { PageOutcome::Already } else { outcome }, pages);
         }
         report
     }
@@ -500,23 +518,34 @@ impl<D: Device> Mirror<D> {
             residency: if options.obey_residency { ResidencyRule::Obey } else { ResidencyRule::Ignore },
             owner: Some(self.id),
         };
-        let mut report = run_pieces(self.mm.core, range, |range| Request::Migrate { range, plan });
-        if options.all_or_nothing && !report.is_complete() {
-            let moved = report.outcomes.clone();
-            let _ = self.mm.home(range);
-            for (outcome, moved) in report.outcomes.iter_mut().zip(moved) {
-                if moved == PageOutcome::Moved {
-                    *outcome = PageOutcome::RolledBack;
-                }
+        let report = run_pieces(self.mm.core, range, |range| Request::Migrate { range, plan });
+        if options.all_or_nothing && !report.is_complete() { self.roll_back(&report) } else { report }
+    }
+
+    /// Brings home what a request moved, and nothing else.
+    fn roll_back(&self, report: &Report) -> Report {
+        let mut rolled = Report::new(report.range);
+        let mut at = report.range.start();
+        for &(outcome, pages) in &report.runs {
+            let run = PageRange::new(at, pages as u64 * PAGE_SIZE).expect("a part of the report's range");
+            at = run.end();
+            if outcome != PageOutcome::Moved {
+                rolled.push(outcome, pages);
+                continue;
+            }
+            for (back, pages) in self.mm.home(run).runs {
+                let is_back = matches!(back, PageOutcome::Moved | PageOutcome::Already);
+                rolled.push(if is_back { PageOutcome::RolledBack } else { back }, pages);
             }
         }
-        report
+        rolled
     }
 
     /// Reports each page of the range as it is; faults nothing in.
     ///
     /// # Errors
-    /// [`FaultError::Kernel`], [`FaultError::NoDevice`].
+    /// [`FaultError::Kernel`]: also `ENOMEM` for a range so large that there is no memory for the answer.
+    /// [`FaultError::NoDevice`].
     ///
     /// # Kernel
     /// `hmm_range_fault()` without `HMM_PFN_REQ_FAULT`.
@@ -539,7 +568,9 @@ impl<D: Device> Mirror<D> {
     }
 
     fn reports(&self, range: PageRange, access: Option<Access>) -> Result<Vec<PageReport>, FaultError> {
-        let mut reports = Vec::with_capacity(range.pages());
+        let mut reports = Vec::new();
+        let no_memory = |_| FaultError::Kernel { addr: range.start(), errno: Errno::NOMEM };
+        reports.try_reserve_exact(range.pages()).map_err(no_memory)?;
         for piece in job_pieces(range) {
             let request = Request::RangeFault { device: self.id, range: piece, access };
             self.mm.core.call(request, |job, reply| match reply {
@@ -644,15 +675,32 @@ impl Port {
     }
 }
 
-/// Runs one request per piece of `range` and collects the outcomes.
+/// Runs one request per piece of `range` and collects the outcomes. Passes over what is not mapped at once, so that the
+/// whole address space is a range like any other.
 fn run_pieces(core: &Core<LinuxMm>, range: PageRange, request: impl Fn(PageRange) -> Request) -> Report {
-    let mut outcomes = Vec::with_capacity(range.pages());
-    for piece in job_pieces(range) {
-        core.call(request(piece), |job, _| {
-            outcomes.extend((0..piece.pages()).map(|n| PageOutcome::from_bits(job.result(n))));
-        });
+    let mut report = Report::new(range);
+    let mut at = range.start();
+    while let Ok(rest) = PageRange::from_ends(at, range.end()) {
+        let mapped = if rest.pages() <= JOB_PAGES { at } else { next_mapped(core, at).min(range.end()) };
+        let gap = mapped.offset_from(at).expect("the search goes up") / PAGE_SIZE;
+        report.push(PageOutcome::Unmapped, usize::try_from(gap).expect("64-bit"));
+        at = range.end();
+        if let Some(piece) = PageRange::from_ends(mapped, range.end()).ok().and_then(|rest| job_pieces(rest).next()) {
+            core.call(request(piece), |job, _| {
+                (0..piece.pages()).for_each(|n| report.push(PageOutcome::from_bits(job.result(n)), 1));
+            });
+            at = piece.end();
+        }
     }
-    Report { range, outcomes }
+    report
+}
+
+/// The first mapped address at or above `at`, or the end of the address space.
+fn next_mapped(core: &Core<LinuxMm>, at: VirtAddr) -> VirtAddr {
+    match core.call(Request::NextMapped { at }, |_, reply| reply) {
+        Reply::At(addr) => addr,
+        reply => unreachable!("{reply:?} is no answer to where memory is"),
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -42,6 +42,12 @@ impl<O: Os> Core<O> {
                 }
                 Reply::Done
             }
+            Request::NextMapped { at } => Reply::At(match self.os.vma(at) {
+                Ok(Some(vma)) => vma.range.start().max(at),
+                Ok(None) => VirtAddr::new(TASK_SIZE),
+                // Whoever works on what is there answers with the error.
+                Err(_) => at,
+            }),
             Request::Home { range, why } => {
                 self.range_home(ctx, range, why, &mut |page, outcome| {
                     let n = page.offset_from(range.start()).expect("a page of the range") >> uhmm_sys::addr::PAGE_SHIFT;

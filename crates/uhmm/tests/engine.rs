@@ -11,7 +11,7 @@ use std::{
 use uhmm::{MigrateOptions, PageOutcome, addr::PageRange, mm::Location};
 use uhmm_testkit::isolated;
 
-use crate::common::{Memory, eventually, mm_with};
+use crate::common::{Memory, eventually, kit, mm_with};
 
 #[test]
 fn pages_leave_and_a_touch_brings_them_home() {
@@ -48,8 +48,12 @@ fn a_huge_folio_moves_whole_and_comes_home_whole() {
             memory.check();
         }
         let stats = mm.stats();
-        assert_eq!(stats.get(uhmm::trace::Counter::FoliosOut), 12);
-        assert_eq!(stats.get(uhmm::trace::Counter::FoliosHome), 12);
+        if kit::has_move() {
+            assert_eq!(stats.get(uhmm::trace::Counter::FoliosOut), 12);
+            assert_eq!(stats.get(uhmm::trace::Counter::FoliosHome), 12);
+        } else {
+            println!("skip: huge pages stay whole by UFFDIO_MOVE only");
+        }
         Ok(())
     });
 }
@@ -82,7 +86,7 @@ fn cpu_threads_and_migration_agree_on_every_count() {
                 let start = memory.range().page(first);
                 let range = PageRange::new(start, 4096 * (1 + (n as u64 * 31) % 148)).unwrap();
                 let report = mirror.migrate(range, &MigrateOptions::default());
-                assert_eq!(report.outcomes().len(), range.pages());
+                assert_eq!(report.outcomes().count(), range.pages());
             }
             stop.store(true, Relaxed);
         });
