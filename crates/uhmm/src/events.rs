@@ -207,7 +207,7 @@ impl<O: Os> Core<O> {
                 let bytes = match place {
                     Place::Cpu => None,
                     Place::Staged { slot, .. } => Some(self.staging.bytes(slot, 1)),
-                    Place::Device { device, pfn } => ctx.home.take(&self.staging, 1).and_then(|(slot, _)| {
+                    Place::Device { device, pfn } => ctx.home.scratch(&self.staging).and_then(|slot| {
                         let host = self.staging.bytes(slot, 1);
                         let op = CopyOp { host, frames: frame_run(pfn, 1) };
                         let entry = self.devices.get(device)?;

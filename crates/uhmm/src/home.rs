@@ -23,7 +23,7 @@ use crate::{
     engine::Core,
     os::Os,
     page_set::{PageSet, Run},
-    staging::{Left, Slot},
+    staging::{HomeSlots, Left, Slot},
     thread::Ctx,
     trace::{Counter, Why},
 };
@@ -52,6 +52,46 @@ enum Put {
     Unmapped(usize),
     NotMovable(usize),
     Failed(usize),
+}
+
+/// How pages are put home.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum By {
+    /// The slots' pages go themselves; no byte is copied.
+    Move,
+    /// The kernel allocates pages and copies the slots' bytes.
+    Copy,
+}
+
+/// Where pages stand on their way home from a device.
+#[derive(Debug, Clone, Copy)]
+enum Slots {
+    /// A chunk that is one huge page.
+    Whole(Slot),
+    /// Some of the thread's own.
+    Own(HomeSlots),
+}
+
+impl Slots {
+    const fn first(self) -> Slot {
+        match self {
+            Self::Whole(slot) | Self::Own(HomeSlots::Recycled(slot, _) | HomeSlots::Scratch(slot, _)) => slot,
+        }
+    }
+
+    const fn count(self) -> usize {
+        match self {
+            Self::Whole(_) => BLOCK_PAGES,
+            Self::Own(HomeSlots::Recycled(_, count) | HomeSlots::Scratch(_, count)) => count,
+        }
+    }
+
+    const fn by(self) -> By {
+        match self {
+            Self::Whole(_) | Self::Own(HomeSlots::Recycled(..)) => By::Move,
+            Self::Own(HomeSlots::Scratch(..)) => By::Copy,
+        }
+    }
 }
 
 impl<O: Os> Core<O> {
@@ -123,12 +163,12 @@ impl<O: Os> Core<O> {
             let Place::Staged { slot, .. } = transit.place(run.first) else {
                 unreachable!("only staged pages are here")
             };
-            let result = self.put_run(ctx, block, run, slot);
+            let (result, moved) = self.put_run(ctx, block, run, slot, By::Move);
             let done = self.note_put(result, run, out);
             let arrived = Run { first: run.first, count: done };
             if done > 0 {
                 self.settle_home(transit, arrived, why, out);
-                if let Left::Zap(chunk) = self.staging.leave(slot.chunk(), done, 0) {
+                if let Left::Zap(chunk) = self.staging.leave(slot.chunk(), moved, done - moved) {
                     self.zap_chunk(chunk);
                 }
                 self.stats.add(Counter::PagesHomeStaged, done);
@@ -155,12 +195,13 @@ impl<O: Os> Core<O> {
         let block = transit.block();
         let mut rest = on_device;
         while let Some((run, device, first)) = next_frame_run(transit, &rest) {
-            let Some((slot, count, whole)) = self.home_slots(ctx, run) else {
+            let Some(slots) = self.home_slots(ctx, run) else {
                 out.failed = out.failed.or(&rest);
                 return;
             };
+            let count = slots.count();
             let run = Run { first: run.first, count };
-            let host = self.staging.bytes(slot, count);
+            let host = self.staging.bytes(slots.first(), count);
             let frames = frame_run(first, count);
             let copied = match self.devices.get(device) {
                 Some(entry) => entry.device().copy_to_host(&[CopyOp { host, frames }]),
@@ -177,12 +218,12 @@ impl<O: Os> Core<O> {
                         out.failed.insert(i);
                     }
                 }
-                self.return_home_slots(ctx, slot, count, 0, whole);
+                self.return_home_slots(ctx, slots, 0);
                 continue;
             }
-            let result = self.put_run(ctx, block, run, slot);
+            let (result, moved) = self.put_run(ctx, block, run, slots.first(), slots.by());
             let done = self.note_put(result, run, out);
-            self.return_home_slots(ctx, slot, count, done, whole);
+            self.return_home_slots(ctx, slots, moved);
             if done > 0 {
                 self.note_homecoming(block, Run { first: run.first, count: done }, device, first);
                 self.settle_home(transit, Run { first: run.first, count: done }, why, out);
@@ -201,50 +242,55 @@ impl<O: Os> Core<O> {
         }
     }
 
-    /// Slots for a run on its way home: a whole huge page for a whole block where one is at hand, else the next ones of
-    /// the thread's own chunk.
-    fn home_slots(&self, ctx: &mut Ctx, run: Run) -> Option<(Slot, usize, bool)> {
+    /// Slots for a run on its way home, or for its first pages: a whole huge page for a whole block where one is at hand,
+    /// else some of the thread's own.
+    fn home_slots(&self, ctx: &mut Ctx, run: Run) -> Option<Slots> {
         if run.count == BLOCK_PAGES
             && let Some(chunk) = self.staging.take_filled_huge()
         {
-            return Some((chunk.slot(0), BLOCK_PAGES, true));
+            return Some(Slots::Whole(chunk.slot(0)));
         }
-        let (slot, count) = ctx.home.take(&self.staging, run.count)?;
-        Some((slot, count, false))
+        ctx.home.take(&self.staging, run.count).map(Slots::Own)
     }
 
-    fn return_home_slots(&self, ctx: &mut Ctx, slot: Slot, count: usize, moved: usize, whole: bool) {
-        let spent = if whole {
-            debug_assert_eq!(count, BLOCK_PAGES);
-            Some(slot.chunk())
-        } else {
-            ctx.home.advance(moved)
+    fn return_home_slots(&self, ctx: &mut Ctx, slots: Slots, moved: usize) {
+        let spent = match slots {
+            Slots::Whole(slot) => Some(slot.chunk()),
+            Slots::Own(HomeSlots::Recycled(..)) => ctx.home.advance(moved),
+            Slots::Own(HomeSlots::Scratch(..)) => None,
         };
         if let Some(chunk) = spent {
             self.zap_chunk(chunk);
         }
     }
 
-    /// Puts the pages in `slot..` at the run's addresses.
-    fn put_run(&self, ctx: &mut Ctx, block: Block, run: Run, slot: Slot) -> Put {
+    /// Puts the pages in `slot..` at the run's addresses. Returns also how many slots that emptied: a copy leaves its slot
+    /// as it is.
+    fn put_run(&self, ctx: &mut Ctx, block: Block, run: Run, slot: Slot, by: By) -> (Put, usize) {
+        let mut emptied = 0;
+        (self.put_pages(ctx, block, run, slot, by, &mut emptied), emptied)
+    }
+
+    fn put_pages(&self, ctx: &mut Ctx, block: Block, run: Run, slot: Slot, by: By, emptied: &mut usize) -> Put {
         let mut done = 0;
         let mut registered = false;
-        let mut by_copy = !self.os.has_move();
+        let mut by_copy = by == By::Copy || !self.os.has_move();
         let mut one_by_one = false;
         while done < run.count {
             let Ok(_inside) = self.gate.enter(ctx.slot) else { return Put::Again(done) };
             let dst = block.page(run.first + done);
-            let src = self.staging.addr(Slot::from_number(slot.number() + u32::try_from(done).expect("below 512")));
+            let src = Slot::from_number(slot.number() + u32::try_from(done).expect("below 512"));
+            let pages = if one_by_one { 1 } else { run.count - done };
             let result = if by_copy {
-                let slot = Slot::from_number(slot.number() + u32::try_from(done).expect("below 512"));
-                self.os.copy(dst, self.staging.bytes(slot, if one_by_one { 1 } else { run.count - done }), Wake::Now)
+                self.os.copy(dst, self.staging.bytes(src, pages), Wake::Now)
             } else {
-                let len = ((run.count - done) as u64) * PAGE_SIZE;
-                self.os.move_pages(dst, src, len, SrcHoles::Fail, Wake::Now)
+                let bytes = pages as u64 * PAGE_SIZE;
+                self.os.move_pages(dst, self.staging.addr(src), bytes, SrcHoles::Fail, Wake::Now)
             };
             let moved = usize::try_from(result.done / PAGE_SIZE).expect("a run is at most a block");
             done += moved;
             if moved > 0 {
+                *emptied += if by_copy { 0 } else { moved };
                 continue;
             }
             match result.stop {

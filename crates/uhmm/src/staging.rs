@@ -283,34 +283,64 @@ impl Staging {
     }
 }
 
-/// A run of an engine thread's own chunk that it fills on the way home, front to back.
+/// Where an engine thread puts pages together on their way home: the rest of a chunk of garbage, filled front to back and
+/// moved home from there, and a chunk of its own to copy through where there is no garbage.
 #[derive(Debug, Default)]
 pub(crate) struct HomeBuffer {
-    chunk: Option<Chunk>,
+    filled: Option<Chunk>,
     used: usize,
+    scratch: Option<Chunk>,
 }
 
+/// Slots on the way home.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HomeSlots {
+    /// Recycled pages, which are to be moved home themselves.
+    Recycled(Slot, usize),
+    /// Slots that stay the buffer's, to copy from.
+    Scratch(Slot, usize),
+}
+
+/// Pages that go through the scratch chunk at a time: few enough to stay in the cache between the two copies.
+const SCRATCH_PAGES: usize = 64;
+
 impl HomeBuffer {
-    /// A run of slots for `pages` pages, or for as many as are left in the buffer's chunk.
+    /// A run of slots for `pages` pages, or for as many as are at hand: recycled ones if there are any and there is more
+    /// than one page to move.
     ///
-    /// `None` when staging is exhausted: the caller then goes without (`UFFDIO_COPY`).
-    pub(crate) fn take(&mut self, staging: &Staging, pages: usize) -> Option<(Slot, usize)> {
-        if self.chunk.is_none() {
-            self.chunk = Some(staging.take_filled().or_else(|| staging.take_empty())?);
-            self.used = 0;
+    /// A fresh page of staging would be cleared by the kernel before it is written, and cost a page fault; a copy
+    /// (`UFFDIO_COPY`) has the kernel allocate a page and fill it at once. A single page is cheaper copied in any case: a
+    /// `UFFDIO_MOVE` flushes translations on every CPU that runs the process.
+    ///
+    /// `None` when staging is exhausted.
+    pub(crate) fn take(&mut self, staging: &Staging, pages: usize) -> Option<HomeSlots> {
+        if pages > 1 {
+            if self.filled.is_none() {
+                self.filled = staging.take_filled();
+                self.used = 0;
+            }
+            if let Some(chunk) = self.filled {
+                return Some(HomeSlots::Recycled(chunk.slot(self.used), pages.min(BLOCK_PAGES - self.used)));
+            }
         }
-        let chunk = self.chunk.expect("was just set");
-        let count = pages.min(BLOCK_PAGES - self.used);
-        Some((chunk.slot(self.used), count))
+        Some(HomeSlots::Scratch(self.scratch(staging)?, pages.min(SCRATCH_PAGES)))
     }
 
-    /// Says that the first `moved` slots of the last [`HomeBuffer::take`] left the buffer. Returns a chunk to put back
+    /// The first of [`SCRATCH_PAGES`] slots that stay the buffer's.
+    pub(crate) fn scratch(&mut self, staging: &Staging) -> Option<Slot> {
+        if self.scratch.is_none() {
+            self.scratch = staging.take_empty();
+        }
+        self.scratch.map(|chunk| chunk.slot(0))
+    }
+
+    /// Says that the first `moved` slots of the last [`HomeSlots::Recycled`] left the buffer. Returns a chunk to put back
     /// with [`Staging::put_empty`] after it has been given to the kernel.
     #[must_use]
     pub(crate) fn advance(&mut self, moved: usize) -> Option<Chunk> {
         self.used += moved;
         debug_assert!(self.used <= BLOCK_PAGES);
-        if self.used == BLOCK_PAGES { self.chunk.take() } else { None }
+        if self.used == BLOCK_PAGES { self.filled.take() } else { None }
     }
 }
 
@@ -332,6 +362,24 @@ mod tests {
         assert_eq!(staging.leave(b, 12, 400), Left::Zap(b), "one chunk of garbage is the bound");
         assert_eq!(staging.take_filled(), Some(a));
         assert_eq!(staging.take_filled(), None);
+    }
+
+    #[test]
+    fn pages_go_home_in_recycled_slots_while_there_are_any() {
+        arena::init(256 << 20).unwrap();
+        let staging = Staging::new(4, 2).unwrap();
+        let mut buffer = HomeBuffer::default();
+        let scratch = buffer.scratch(&staging).unwrap();
+        assert_eq!(buffer.take(&staging, 600), Some(HomeSlots::Scratch(scratch, SCRATCH_PAGES)));
+        let chunk = staging.take_empty().unwrap();
+        staging.arrive(chunk, 512, false);
+        assert_eq!(staging.leave(chunk, 0, 512), Left::Nothing);
+        assert_eq!(buffer.take(&staging, 1), Some(HomeSlots::Scratch(scratch, 1)), "a single page is copied");
+        assert_eq!(buffer.take(&staging, 500), Some(HomeSlots::Recycled(chunk.slot(0), 500)));
+        assert_eq!(buffer.advance(500), None);
+        assert_eq!(buffer.take(&staging, 500), Some(HomeSlots::Recycled(chunk.slot(500), 12)));
+        assert_eq!(buffer.advance(12), Some(chunk));
+        assert_eq!(buffer.take(&staging, 500), Some(HomeSlots::Scratch(scratch, SCRATCH_PAGES)));
     }
 
     #[test]
