@@ -394,6 +394,7 @@ impl<O: Os> Core<O> {
         let mut taken = PageSet::EMPTY;
         let mut left = *resident;
         let mut stop = None;
+        let mut holes = Src::NoHoles;
         {
             let Ok(_inside) = self.gate.enter(ctx.slot) else {
                 self.staging.put_empty(chunk);
@@ -407,7 +408,7 @@ impl<O: Os> Core<O> {
                 Err(error) => stop = Some(error),
             }
             if stop.is_none() && !frozen {
-                self.move_runs(transit, chunk, &mut left, &mut taken, pass, &mut stop);
+                holes = self.move_runs(transit, chunk, &mut left, &mut taken, pass, &mut stop);
                 // Under the registration lock: whoever looks for a block of which nothing is away must see these.
                 for i in taken.iter() {
                     transit.set(i, Place::Staged { slot: chunk.slot(i), exclusive: None });
@@ -421,8 +422,12 @@ impl<O: Os> Core<O> {
             };
         if stop.is_none() && by_copy {
             taken = self.copy_out(ctx, transit, chunk, &mut left, pass);
+            holes = Src::MayHaveHoles;
         }
-        let (present, huge) = self.present(chunk, &taken);
+        let (present, huge) = match holes {
+            Src::NoHoles => (taken, taken == PageSet::ALL && self.is_huge(self.staging.chunk_range(chunk))),
+            Src::MayHaveHoles => self.present(chunk, &taken),
+        };
         let holes = taken.minus(&present);
         for i in holes.iter() {
             transit.set(i, Place::Cpu);
@@ -463,7 +468,7 @@ impl<O: Os> Core<O> {
     }
 
     /// `MOVE`s runs of held pages into `chunk`. Pages found shared or pinned go to `pass.shared`; they and those after
-    /// `stop` stay in `left`.
+    /// `stop` stay in `left`. Says whether some of those taken may have been holes.
     fn move_runs(
         &self,
         transit: &Transit<'_>,
@@ -472,16 +477,19 @@ impl<O: Os> Core<O> {
         taken: &mut PageSet,
         pass: &mut Pass,
         stop: &mut Option<Errno>,
-    ) {
+    ) -> Src {
         let block = transit.block();
+        let mut src = Src::NoHoles;
         for run in left.runs() {
             let mut first = run.first;
             let end = run.first + run.count;
             while first < end {
-                let src = block.page(first);
-                let dst = self.staging.addr(chunk.slot(first));
+                let from = block.page(first);
+                let to = self.staging.addr(chunk.slot(first));
                 let len = (end - first) as u64 * PAGE_SIZE;
-                let result = self.os.move_pages(dst, src, len, SrcHoles::Allow, Wake::Later);
+                // Where all pages are there, nobody has to look afterwards which of them were.
+                let holes = if src == Src::NoHoles { SrcHoles::Fail } else { SrcHoles::Allow };
+                let result = self.os.move_pages(to, from, len, holes, Wake::Later);
                 let moved = usize::try_from(result.done / PAGE_SIZE).expect("at most a block");
                 for i in first..first + moved {
                     taken.insert(i);
@@ -493,22 +501,28 @@ impl<O: Os> Core<O> {
                 }
                 match result.stop {
                     None => unreachable!("a call without progress says why"),
+                    Some(Errno::NOENT) if src == Src::NoHoles => src = Src::MayHaveHoles,
                     Some(Errno::BUSY) => {
                         // A huge page is pinned as one; going on behind its first piece would split it.
-                        let mut page = [Page::empty(); 1];
-                        let one = block.run(Run { first, count: 1 });
-                        let huge = self.os.scan(one, &mut page).is_ok() && page[0].contains(Page::HUGE);
+                        let huge = self.is_huge(block.run(Run { first, count: 1 }));
                         let until = if huge { end } else { first + 1 };
                         (first..until).for_each(|i| pass.shared.insert(i));
                         first = until;
                     }
                     Some(error) => {
                         *stop = Some(error);
-                        return;
+                        return src;
                     }
                 }
             }
         }
+        src
+    }
+
+    /// Whether the first page of `range` is mapped as part of a huge page.
+    fn is_huge(&self, range: PageRange) -> bool {
+        let mut page = [Page::empty(); 1];
+        self.os.scan(PageRange::page_of(range.start()), &mut page).is_ok() && page[0].contains(Page::HUGE)
     }
 
     /// Which of `taken` stand in `chunk`, and whether they are one huge page. The others were holes.
@@ -708,6 +722,13 @@ pub(crate) struct Pass {
     pub(crate) again: PageSet,
     /// Refused as shared or pinned.
     pub(crate) shared: PageSet,
+}
+
+/// What is known of the pages that setup took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Src {
+    NoHoles,
+    MayHaveHoles,
 }
 
 /// What setup took.
