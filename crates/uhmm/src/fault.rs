@@ -68,8 +68,7 @@ impl<O: Os> Core<O> {
                     return self.os.wake(page);
                 }
                 Place::Staged { .. } | Place::Device { .. } => {
-                    let away = self.away(block);
-                    let window = policy::fault_window(block.policy(), i, &away);
+                    let window = policy::fault_window(block.policy(), i, |n| !block.word(n).is_cpu());
                     let left_at = block.history(i).0;
                     let outcome =
                         self.bring_home(ctx, block, &window, |n| if n == i { Why::CpuFault } else { Why::FaultAround });
