@@ -20,8 +20,9 @@
 //! Lock-free, and all state is in the given words, so several forked processes may share one pgmap. Small allocation
 //! *reserves* in the state word, then *claims* bits of the chunk's bitmap; freeing clears bits, then gives the
 //! reservation back. So a chunk never has more bits set than its state word says, and "0 in use" means that no bit is
-//! set and no claim is under way. A process that dies at any point loses the allocation or the free it was at, never
-//! another's. Frames whose references a dead process held stay live; telling is the caller's business.
+//! set and no claim is under way. A process that dies at any point loses the allocation or the free that it was at,
+//! never another's: 64 frames at most, or one huge unit. Those may stay counted as live. Frames whose references a dead
+//! process held stay live; telling is the caller's business.
 //!
 //! Two bitmaps over the chunks, *partial* and *taken*, are hints that make the search short. Whoever makes a chunk
 //! available changes the state word first and the hint second; whoever finds a hint stale withdraws it first and
@@ -44,10 +45,10 @@ use std::{fmt, ops::ControlFlow, time::Duration};
 use thiserror::Error;
 use uhmm_sys::addr::{PAGE_SIZE, VirtAddr};
 
-use self::bitmap::{Bitmap, Span};
+use self::bitmap::{Bitmap, Span, WORD_FRAMES};
 use crate::{
     device::{DevPfn, DeviceId, FrameRun},
-    sync::{AtomicU32, AtomicU64, Ordering, TimedOut, Waiter, Words, WordsNeeded},
+    sync::{AtomicU32, AtomicU64, Ordering, TimedOut, Waiter, Words, WordsNeeded, spin},
 };
 
 /// Frames in a chunk, and in a huge unit. Tiny under loom, so that every interleaving can be tried.
@@ -422,19 +423,31 @@ impl Pgmap {
     }
 
     /// Takes up to `max` frames of a chunk, if its state allows `class`.
+    ///
+    /// They are taken by pieces of a bitmap word: a process that dies meanwhile loses no more than that.
     fn take(&self, chunk: u32, max: u32, class: Class) -> Option<FrameRun> {
-        let state = self.state(chunk);
+        let mut run = self.take_piece(chunk, max, class, None)?;
+        while run.len < max && run.at + run.len < CHUNK_FRAMES {
+            let next = run.at + run.len;
+            let Some(more) = self.take_piece(chunk, max - run.len, Class::Partial, Some(next)) else { break };
+            run.len += more.len;
+        }
+        Some(FrameRun { first: DevPfn::new(chunk * CHUNK_FRAMES + run.at), count: run.len })
+    }
+
+    /// Takes up to `max` frames that share a bitmap word, from `at` on or where the longest gap begins.
+    fn take_piece(&self, chunk: u32, max: u32, class: Class, at: Option<u32>) -> Option<Span> {
+        let (state, bits) = (self.state(chunk), self.bits(chunk));
+        let look = |max| at.map_or_else(|| bits.longest_gap(max).first_word(), |at| bits.gap_at(at, max));
         let mut now = state.load(Ordering::Acquire);
         let reserved = loop {
             let room = class.room(now)?;
-            if self.is_closed() {
+            // Frames that the run cannot use are better not reserved: others would find no room. Where there is room,
+            // a gap that cannot be seen for a moment will be.
+            let want = look(max.min(room)).len.max(u32::from(at.is_none()));
+            if want == 0 || self.is_closed() {
                 return None;
             }
-            // Frames that the run cannot use are better not reserved: others would find no room.
-            let want = match class {
-                Class::Partial => self.bits(chunk).longest_gap(max.min(room)).len.max(1),
-                Class::Whole => max,
-            };
             match state.compare_exchange_weak(now, now + u64::from(want), Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => break want,
                 Err(seen) => now = seen,
@@ -446,24 +459,36 @@ impl Pgmap {
                 self.mark_partial(chunk);
             }
         }
-        let span = self.bits(chunk).claim(reserved);
-        if span.len < reserved {
-            self.release(chunk, reserved - span.len);
+        // The reservation keeps as many clear bits for this thread, though not which ones, and not in a row. A pass
+        // over all bits fails only because another thread has claimed or freed a frame meanwhile, so that somebody
+        // always gets on.
+        let piece = loop {
+            let gap = look(reserved);
+            if gap.len > 0 && bits.set(gap) {
+                break gap;
+            }
+            if at.is_some() {
+                self.release(chunk, reserved);
+                return None;
+            }
+            spin();
+        };
+        if piece.len < reserved {
+            self.release(chunk, reserved - piece.len);
         }
-        if !self.count(span.len) {
-            self.clear_bits(chunk, span);
-            self.release(chunk, span.len);
+        if !self.count(piece.len) {
+            self.clear_bits(chunk, piece);
+            self.release(chunk, piece.len);
             return None;
         }
-        let run = FrameRun { first: DevPfn::new(chunk * CHUNK_FRAMES + span.at), count: span.len };
-        for pfn in run.first.get()..run.first.get() + run.count {
-            let n = pfn as usize;
-            assert_eq!(self.refs[n].load(Ordering::Relaxed), 0, "{}: frame {pfn} was free and has references", self.id);
+        let first = (chunk * CHUNK_FRAMES + piece.at) as usize;
+        for n in first..first + piece.len as usize {
+            assert_eq!(self.refs[n].load(Ordering::Relaxed), 0, "{}: frame {n} was free and has references", self.id);
             self.hints[n].store(0, Ordering::Relaxed);
             self.driver[n].store(0, Ordering::Relaxed);
             self.refs[n].store(1, Ordering::Release);
         }
-        Some(run)
+        Some(piece)
     }
 
     /// Makes a free chunk a huge unit.
@@ -471,7 +496,7 @@ impl Pgmap {
         if self.is_closed() {
             return None;
         }
-        self.state(chunk).compare_exchange(0, HUGE | 1, Ordering::AcqRel, Ordering::Acquire).ok()?;
+        self.state(chunk).compare_exchange(0, HUGE, Ordering::AcqRel, Ordering::Acquire).ok()?;
         self.mark_taken(chunk);
         if !self.count(CHUNK_FRAMES) {
             self.release_huge(chunk);
@@ -480,6 +505,8 @@ impl Pgmap {
         let unit = DevPfn::new(chunk * CHUNK_FRAMES);
         self.hints[unit.get() as usize].store(0, Ordering::Relaxed);
         self.driver[unit.get() as usize].store(0, Ordering::Relaxed);
+        // The reference comes last: what has one is counted, so that putting it never counts too far down.
+        self.state(chunk).store(HUGE | 1, Ordering::Release);
         Some(unit)
     }
 
@@ -527,7 +554,7 @@ impl Pgmap {
     }
 
     /// Puts a reference of each frame of `run`, and of each huge unit in it. `freed_fn` sees the frames whose last
-    /// reference it was, in runs, before they become available. Returns their number.
+    /// reference it was before they become available: huge units, and runs of up to 64 frames. Returns their number.
     ///
     /// # Panics
     /// As [`Pgmap::put`]; and if the run covers part of a huge unit: split it first.
@@ -551,9 +578,11 @@ impl Pgmap {
                     continue;
                 }
             }
+            // By pieces of a bitmap word: a process that dies meanwhile loses no more than that.
             while pfn < stop {
+                let piece_end = stop.min(pfn / WORD_FRAMES * WORD_FRAMES + WORD_FRAMES);
                 let mut count = 0;
-                while pfn + count < stop && self.put_small(DevPfn::new(pfn + count)) {
+                while pfn + count < piece_end && self.put_small(DevPfn::new(pfn + count)) {
                     count += 1;
                 }
                 if count > 0 {
@@ -561,10 +590,9 @@ impl Pgmap {
                     let run = FrameRun { first: DevPfn::new(pfn), count };
                     give_back(Freed { map: self, run, kind: Kind::Small });
                 }
-                // The frame that ended the run, if any did, was put as well and is shared.
-                pfn += count + 1;
+                // A frame that ended the run before the piece did was put as well, and is shared.
+                pfn = piece_end.min(pfn + count + 1);
             }
-            pfn = stop;
         }
         total
     }

@@ -1,10 +1,10 @@
 //! The bitmap of one chunk: which of its small frames are in use.
 
 use super::CHUNK_FRAMES;
-use crate::sync::{AtomicU64, Ordering, spin};
+use crate::sync::{AtomicU64, Ordering};
 
 /// Frames that one word stands for.
-const WORD_FRAMES: u32 = if cfg!(loom) { 2 } else { 64 };
+pub(super) const WORD_FRAMES: u32 = if cfg!(loom) { 2 } else { 64 };
 /// A word with every frame in use.
 const WORD_FULL: u64 = u64::MAX >> (64 - WORD_FRAMES);
 /// Words in a bitmap.
@@ -20,6 +20,11 @@ pub(super) struct Span {
 }
 
 impl Span {
+    /// The part in the first word.
+    pub(super) fn first_word(self) -> Self {
+        Self { len: self.len.min(WORD_FRAMES - self.at % WORD_FRAMES), ..self }
+    }
+
     /// The words that hold these frames, each with the mask of the frames.
     fn words(self) -> impl Iterator<Item = (usize, u64)> {
         let end = self.at + self.len;
@@ -42,40 +47,20 @@ impl<'a> Bitmap<'a> {
         Self(&words[chunk as usize * WORDS..][..WORDS])
     }
 
-    /// Claims up to `reserved` neighbouring frames, at least one.
-    ///
-    /// The caller has reserved as many in the chunk's state word. That keeps as many clear bits for it, though not
-    /// which ones, and not in a row. A pass fails only because another thread has claimed or freed a frame meanwhile,
-    /// so that somebody always gets on.
-    pub(super) fn claim(self, reserved: u32) -> Span {
-        loop {
-            let gap = self.longest_gap(reserved);
-            let len = self.set(gap);
-            if len > 0 {
-                return Span { at: gap.at, len };
-            }
-            spin();
-        }
-    }
-
-    /// Sets the bits of `span` from its start on, as far as they are clear; how many were.
-    fn set(self, span: Span) -> u32 {
-        let mut got = 0;
-        for (n, mask) in span.words() {
+    /// Sets the bits of `span`, which lies in one word, if all are clear; whether they were.
+    #[must_use]
+    pub(super) fn set(self, span: Span) -> bool {
+        span.words().all(|(n, mask)| {
             let word = &self.0[n];
             let mut now = word.load(Ordering::Acquire);
-            loop {
-                if now & mask != 0 {
-                    return got;
-                }
+            while now & mask == 0 {
                 match word.compare_exchange_weak(now, now | mask, Ordering::AcqRel, Ordering::Acquire) {
-                    Ok(_) => break,
+                    Ok(_) => return true,
                     Err(seen) => now = seen,
                 }
             }
-            got += mask.count_ones();
-        }
-        got
+            false
+        })
     }
 
     /// Sets the bits of `span`, whatever they are.
@@ -108,6 +93,12 @@ impl<'a> Bitmap<'a> {
     /// Number of bits set.
     pub(super) fn count(self) -> u32 {
         self.0.iter().map(|word| word.load(Ordering::Acquire).count_ones()).sum()
+    }
+
+    /// The row of clear bits from frame `at` on that lies in one word; cut to `max`.
+    pub(super) fn gap_at(self, at: u32, max: u32) -> Span {
+        let word = self.0[(at / WORD_FRAMES) as usize].load(Ordering::Acquire) >> (at % WORD_FRAMES);
+        Span { at, len: word.trailing_zeros().min(max) }.first_word()
     }
 
     /// The first row of clear bits that reaches `max`, or else the longest there is; cut to `max`.
