@@ -1,7 +1,7 @@
 //! Lookups of the device page table under every interleaving, with tables of two entries.
 #![cfg(loom)]
 
-mod loom_common;
+mod race;
 
 use uhmm::{
     addr::{PAGE_SHIFT, PageRange, VirtAddr},
@@ -15,7 +15,7 @@ fn race<A: Send + 'static, B: Send + 'static>(
     b: fn(&DeviceTable) -> B,
     check: fn(&DeviceTable, A, B),
 ) {
-    loom_common::race(4, setup, a, b, check);
+    race::race(4, setup, a, b, check);
 }
 
 fn table(tables: u32) -> DeviceTable {

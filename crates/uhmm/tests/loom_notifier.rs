@@ -1,7 +1,7 @@
 //! The sequence protocol under every interleaving.
 #![cfg(loom)]
 
-mod loom_common;
+mod race;
 
 use std::{sync::Arc, time::Duration};
 
@@ -99,7 +99,7 @@ fn race<A: Send + 'static, B: Send + 'static>(
     b: fn(&World) -> B,
     check: fn(&World, A, B),
 ) {
-    loom_common::race(3, setup, a, b, check);
+    race::race(3, setup, a, b, check);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The frame allocator under every interleaving, with chunks of four frames in bitmap words of two.
 #![cfg(loom)]
 
-mod loom_common;
+mod race;
 
 use uhmm::{
     device::{DevPfn, DeviceId, FrameRun},
@@ -14,7 +14,7 @@ fn race<A: Send + 'static, B: Send + 'static>(
     b: fn(&Pgmap) -> B,
     check: fn(&Pgmap, A, B),
 ) {
-    loom_common::race(3, setup, a, b, check);
+    race::race(3, setup, a, b, check);
 }
 
 fn pgmap(frames: u32) -> Pgmap {
