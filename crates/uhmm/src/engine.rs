@@ -17,7 +17,7 @@
 use std::sync::{
     Mutex, MutexGuard,
     atomic::{
-        AtomicU32, AtomicU64,
+        AtomicBool, AtomicU32, AtomicU64,
         Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst},
     },
 };
@@ -84,6 +84,8 @@ pub(crate) struct Core<O: Os> {
     outs: AtomicU32,
     /// Not zero while a fork is being prepared: nothing may leave.
     frozen: AtomicU32,
+    /// Whether the fork under way is one whose child takes its memory over.
+    sharing: AtomicBool,
     /// Pages that came home while a fork was under way.
     pub(crate) homecomings: Homecomings,
     started_ns: u64,
@@ -143,6 +145,7 @@ impl<O: Os> Core<O> {
             threads: AtomicU32::new(0),
             outs: AtomicU32::new(0),
             frozen: AtomicU32::new(0),
+            sharing: AtomicBool::new(false),
             homecomings: Homecomings::new(forks)?,
             started_ns,
             max_mappings: uhmm_sys::limits::max_map_count().unwrap_or(65_530),
@@ -247,7 +250,18 @@ impl<O: Os> Core<O> {
     }
 
     pub(crate) fn thaw(&self) {
+        self.sharing.store(false, SeqCst);
         self.frozen.fetch_sub(1, SeqCst);
+    }
+
+    /// Says that the child of the fork under way will take its memory over; until [`Core::thaw`].
+    pub(crate) fn share(&self) {
+        self.sharing.store(true, SeqCst);
+    }
+
+    /// Whether the child of the fork under way takes its memory over.
+    pub(crate) fn is_sharing(&self) -> bool {
+        self.sharing.load(SeqCst)
     }
 
     /// Whether a fork is under way.

@@ -191,11 +191,18 @@ impl<O: Os> Core<O> {
     }
 
     /// A child exists: give it the bytes of the pages that are away, all of them, now. After a prepared fork there are
-    /// none. Dropping the child's descriptor then ends its registration.
+    /// none, or the child takes them over by itself. Dropping the child's descriptor then ends its registration.
     ///
     /// The bytes are those of this moment: the gate is closed, so that no page comes home, and no device writes.
     fn fork_child(&'static self, ctx: &mut Ctx, child: O::Child, reader: &mut Deferred<O::Child>) {
-        self.stats.add(Counter::Forks, 1);
+        if self.is_frozen() {
+            // Counted when it was prepared.
+            if self.is_sharing() {
+                return;
+            }
+        } else {
+            self.stats.add(Counter::Forks, 1);
+        }
         let whole = PageRange::new(VirtAddr::new(0), uhmm_sys::addr::TASK_SIZE).expect("the user address space");
         self.blocks.for_each(whole, |block| {
             if block.away() == 0 {

@@ -26,7 +26,7 @@ use std::{
         Mutex, OnceLock, PoisonError,
         atomic::{
             AtomicBool, AtomicU64, AtomicUsize,
-            Ordering::{AcqRel, Acquire, Relaxed, Release},
+            Ordering::{AcqRel, Acquire, Release},
         },
     },
     time::{Duration, Instant},
@@ -233,6 +233,7 @@ impl<O: Os> Core<O> {
         if sharing == Sharing::Home {
             return self.range_home(ctx, whole_space(), Why::Fork, &mut |_, _| {});
         }
+        self.share();
         // No device may write to a frame that the child will have too.
         drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Fork, owner: None }));
         self.blocks.for_each(whole_space(), |block| {
