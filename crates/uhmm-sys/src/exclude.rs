@@ -10,6 +10,7 @@
 use std::{
     ffi::{CStr, c_int, c_void},
     os::fd::AsFd,
+    sync::OnceLock,
 };
 
 use crate::{
@@ -95,18 +96,44 @@ pub fn own_tls_pages(f: &mut dyn FnMut(PageRange)) -> Result<(), Errno> {
 const LIBRARIES: [&[u8]; 8] =
     [b"libc.so", b"libc-2", b"ld-linux", b"libgcc_s", b"libm.so", b"libm-2", b"libpthread", b"libdl"];
 
+/// Most ranges that [`engine_statics`] reports: two for each of a dozen objects.
+const STATICS: usize = 64;
+
+/// What [`engine_statics`] reports.
+struct Statics {
+    ranges: [Option<PageRange>; STATICS],
+    len: usize,
+}
+
+static KNOWN: OnceLock<Statics> = OnceLock::new();
+
 /// Calls `f` for the writable parts (data and zeroed memory, in whole pages) of the objects that the engine runs code of:
-/// the object that holds this function, the C library, the dynamic linker, libgcc, libm.
+/// the object that holds this function, the C library, the dynamic linker, libgcc, libm. None of them comes or goes while
+/// the program runs.
 ///
 /// # Locking
-/// Takes the dynamic linker's lock and calls `f` under it.
+/// The first call takes the dynamic linker's lock. A process that forks in that moment has a child in which the lock
+/// stays locked, so the first call is for the program's own thread, before there are others. Later calls take no lock.
+///
+/// # Panics
+/// If there are implausibly many.
 ///
 /// # Kernel
 /// `dl_iterate_phdr(3)`.
 pub fn engine_statics(f: &mut dyn FnMut(PageRange)) {
-    let mut f = f;
-    // SAFETY: `report` is called with this closure before the call returns.
-    unsafe { libc::dl_iterate_phdr(Some(report), (&raw mut f).cast::<c_void>()) };
+    let known = KNOWN.get_or_init(|| {
+        let mut statics = Statics { ranges: [None; STATICS], len: 0 };
+        let mut add = |range| {
+            assert!(statics.len < STATICS, "the engine's code is in a dozen objects");
+            statics.ranges[statics.len] = Some(range);
+            statics.len += 1;
+        };
+        let mut add: &mut dyn FnMut(PageRange) = &mut add;
+        // SAFETY: `report` is called with this closure before the call returns.
+        unsafe { libc::dl_iterate_phdr(Some(report), (&raw mut add).cast::<c_void>()) };
+        statics
+    });
+    known.ranges[..known.len].iter().flatten().copied().for_each(f);
 }
 
 unsafe extern "C" fn report(info: *mut libc::dl_phdr_info, _size: usize, f: *mut c_void) -> c_int {
