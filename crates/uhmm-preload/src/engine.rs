@@ -27,7 +27,7 @@ use uhmm::{
     trace::{Counter, Stats},
 };
 use uhmm_devices::soft::{SoftConfig, SoftDevice};
-use uhmm_sys::{arena, thread};
+use uhmm_sys::{arena, exclude, thread};
 
 use crate::{
     Environment, limits,
@@ -79,6 +79,8 @@ pub(crate) fn start(environment: &Environment) {
         Err(why) => return fail(Files::Program, format_args!("{why}")),
     }
     report_panics();
+    // Here, where no other thread can fork meanwhile: the first call takes a lock of the dynamic linker's.
+    exclude::engine_statics(&mut |_| ());
     if !fork::register() {
         return fail(Files::Program, format_args!("forks cannot be followed"));
     }
@@ -133,9 +135,6 @@ fn schedule() {
 /// In a forked child, whose parent's engine is none of its own.
 fn in_child() {
     RUNNING.store(std::ptr::null_mut(), Release);
-    if let Some(stats) = ORDERS.get().and_then(|orders| orders.stats) {
-        stats.add(Counter::Forks, 1);
-    }
     schedule();
 }
 
