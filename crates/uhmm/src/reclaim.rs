@@ -134,6 +134,8 @@ impl<O: Os> Core<O> {
     fn reclaim(&'static self, ctx: &mut Ctx, queue: &mut Queue, hand: &mut Hand, over: u64, urgent: bool) -> bool {
         let mut need = over / PAGE_SIZE;
         let mut worked = false;
+        // What could not move a tick ago may be able to now.
+        hand.idle_rounds = 0;
         for _ in 0..256 {
             if need == 0 {
                 break;
