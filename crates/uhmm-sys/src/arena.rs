@@ -128,6 +128,9 @@ fn reserve(bytes: u64) -> Result<PageRange, Errno> {
     let range = PageRange::new(VirtAddr::new(base), bytes).map_err(|_| Errno::NOMEM)?;
     // SAFETY: the advice changes no bytes. A kernel without it dumps more, which is no reason to fail.
     let _ = unsafe { raw::madvise(range, libc::MADV_DONTDUMP) };
+    // SAFETY: changes no bytes. After `mlockall` with `MCL_FUTURE` each step committed would be filled at once, the
+    // sparse tables and all of staging with it.
+    let _ = unsafe { raw::syscall(libc::SYS_munlock, [range.start().get(), range.bytes()]) };
     // SAFETY: the advice changes no bytes. Sparse tables must not be blown up to whole huge pages.
     let _ = unsafe { raw::madvise(range, libc::MADV_NOHUGEPAGE) };
     Ok(range)

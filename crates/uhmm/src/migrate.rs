@@ -441,7 +441,8 @@ impl<O: Os> Core<O> {
         // What is left was not taken: shared or pinned pages, or all of it where the kernel refused.
         if !left.is_empty() {
             let outcome = match stop {
-                Some(Errno::AGAIN) => {
+                // `EEXIST`: the program has locked all of its memory, which filled the empty chunk; it is empty again now.
+                Some(Errno::AGAIN | Errno::EXIST) => {
                     pass.again = pass.again.or(&left.minus(&pass.shared));
                     PageOutcome::Untried
                 }

@@ -49,6 +49,7 @@ impl<O: Os> Core<O> {
                 Err(_) => at,
             }),
             Request::Home { range, why } => {
+                (0..range.pages()).for_each(|n| job.set_result(n, PageOutcome::Untried as u64));
                 self.range_home(ctx, range, why, &mut |page, outcome| {
                     let n = page.offset_from(range.start()).expect("a page of the range") >> uhmm_sys::addr::PAGE_SHIFT;
                     job.set_result(usize::try_from(n).expect("64-bit"), outcome as u64);
