@@ -12,15 +12,15 @@ use std::{
         fd::{AsRawFd, FromRawFd},
         unix::fs::OpenOptionsExt,
     },
-    ptr,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
 };
 
 use uhmm::PageOutcome;
 use uhmm_testkit::{Skip, isolated};
 
 use crate::common::kit::{
-    Area, BLOCK, PAGE, RW, Shape, Via, World, each_way, errno, expect_page, expect_zero, fork_child, map, peek, poke,
-    unmap, wait_for, write_page,
+    Area, BLOCK, End, PAGE, RW, Shape, Via, World, arg, each_way, errno, expect_page, expect_zero, fork_child,
+    has_move, map, peek, pointer, poke, summary, syscall, unmap, wait_for, write_page,
 };
 
 #[test]
@@ -303,8 +303,8 @@ fn the_heap_may_shrink_and_grow_while_it_is_away() {
     isolated!(|| {
         let world = World::new(32)?;
         let brk = |to: usize| {
-            // SAFETY: moves the end of the heap above everything that malloc has handed out.
-            usize::try_from(unsafe { libc::syscall(libc::SYS_brk, to) }).unwrap()
+            // Never below what malloc has handed out.
+            syscall(libc::SYS_brk, [to, 0, 0, 0, 0, 0]).unwrap()
         };
         // Malloc's own top lies below; nothing of the heap is handed out while the end is ours, for this thread's
         // allocations come from an arena of its own.
@@ -364,12 +364,9 @@ fn pages_wait_behind_a_mapping_without_access() {
                 assert_eq!(via.mprotect(part.start, part.len(), libc::PROT_NONE), 0);
                 if asked {
                     let home = world.mm.home(area.range());
-                    assert_eq!(home.count(PageOutcome::Moved), 1024, "{:?}", crate::common::kit::summary(&home));
+                    assert_eq!(home.count(PageOutcome::Moved), 1024, "{:?}", summary(&home));
                     // Whatever it took to bring them home, the protection is as it was.
-                    assert_eq!(
-                        wait_for(fork_child(|| assert_ne!(peek(part.start), 0))),
-                        common::kit::End::Signal(libc::SIGSEGV)
-                    );
+                    assert_eq!(wait_for(fork_child(|| assert_ne!(peek(part.start), 0))), End::Signal(libc::SIGSEGV));
                 }
                 assert_eq!(via.mprotect(part.start, part.len(), RW), 0);
                 area.check(1);
@@ -389,7 +386,7 @@ fn mlock_brings_pages_home_and_they_may_leave_again() {
             let area = Area::filled(shape, 1, 1);
             world.send(&area);
             // SAFETY: locks memory of the test.
-            let locked = unsafe { libc::mlock(ptr::with_exposed_provenance(area.start), area.len()) };
+            let locked = unsafe { libc::mlock(pointer(area.start), area.len()) };
             assert_eq!(locked, 0, "mlock: {}", errno());
             world.frames_become(0);
             area.check(1);
@@ -399,7 +396,7 @@ fn mlock_brings_pages_home_and_they_may_leave_again() {
             area.fill(2);
             world.send(&area);
             // SAFETY: unlocks memory of the test.
-            assert_eq!(unsafe { libc::munlock(ptr::with_exposed_provenance(area.start), area.len()) }, 0);
+            assert_eq!(unsafe { libc::munlock(pointer(area.start), area.len()) }, 0);
             area.check(2);
             area.unmap();
         });
@@ -419,10 +416,9 @@ fn file(flags: i32) -> io::Result<File> {
 fn transfer(call: libc::c_long, fd: i32, area: &Area) {
     let mut done = 0;
     while done < area.len() {
-        // SAFETY: the kernel reads or writes memory of the test, in which no Rust object lives.
-        let n = unsafe { libc::syscall(call, fd, area.start + done, area.len() - done) };
-        assert!(n > 0, "system call {call}: {n} ({})", std::io::Error::last_os_error());
-        done += usize::try_from(n).unwrap();
+        let n = syscall(call, [arg(fd), area.start + done, area.len() - done, 0, 0, 0]).expect("I/O");
+        assert_ne!(n, 0);
+        done += n;
     }
 }
 
@@ -459,8 +455,8 @@ fn pipes_carry_pages_that_are_away_between_threads() {
             let mut ends = [0; 2];
             // SAFETY: writes two descriptors to a local.
             assert_eq!(unsafe { libc::pipe(ends.as_mut_ptr()) }, 0);
-            // SAFETY: the two descriptors are new, and nobody else's.
-            let (reader, writer) = unsafe { (File::from_raw_fd(ends[0]), File::from_raw_fd(ends[1])) };
+            // SAFETY: the descriptor is new, and nobody else's.
+            let [reader, writer] = ends.map(|fd| unsafe { File::from_raw_fd(fd) });
             std::thread::scope(|s| {
                 s.spawn(|| transfer(libc::SYS_write, writer.as_raw_fd(), &from));
                 s.spawn(|| transfer(libc::SYS_read, reader.as_raw_fd(), &to));
@@ -488,10 +484,10 @@ fn direct_io_works_on_pages_that_are_away() {
             world.send(&from);
             world.send(&to);
             // Out and home again and again while the disk works.
-            let stop = std::sync::atomic::AtomicBool::new(false);
+            let stop = AtomicBool::new(false);
             std::thread::scope(|s| {
                 s.spawn(|| {
-                    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    while !stop.load(Relaxed) {
                         world.migrate(&from);
                         world.migrate(&to);
                     }
@@ -500,13 +496,13 @@ fn direct_io_works_on_pages_that_are_away() {
                     file.seek(SeekFrom::Start(0)).unwrap();
                     transfer(libc::SYS_write, file.as_raw_fd(), &from);
                     file.seek(SeekFrom::Start(0)).unwrap();
-                    if common::kit::has_move() {
+                    if has_move() {
                         transfer(libc::SYS_read, file.as_raw_fd(), &to);
                     }
                 }
-                stop.store(true, std::sync::atomic::Ordering::Relaxed);
+                stop.store(true, Relaxed);
             });
-            if !common::kit::has_move() {
+            if !has_move() {
                 // Without MOVE nobody sees that the disk is about to write to a page; the engine says so.
                 println!("skip: reads from the disk while pages move need UFFDIO_MOVE");
                 file.seek(SeekFrom::Start(0)).unwrap();
@@ -535,9 +531,9 @@ fn process_vm_calls_see_pages_that_are_away() {
                 world.send(&to);
                 let (local, remote) = if call == libc::SYS_process_vm_readv { (to, from) } else { (from, to) };
                 let [local, remote] = [local, remote].map(|area| [area.start, area.len()]);
-                // SAFETY: copies between two areas of the test; each vector is an address and a length.
-                let n = unsafe { libc::syscall(call, libc::getpid(), local.as_ptr(), 1, remote.as_ptr(), 1, 0) };
-                assert_eq!(n, i64::try_from(from.len()).unwrap());
+                let (local, remote) = (local.as_ptr().expose_provenance(), remote.as_ptr().expose_provenance());
+                let pid = std::process::id() as usize;
+                assert_eq!(syscall(call, [pid, local, 1, remote, 1, 0]), Ok(from.len()));
                 to.check(1);
                 from.check(1);
             }
@@ -556,32 +552,24 @@ fn a_futex_may_be_on_a_page_that_is_away() {
         each_way(|shape, _| {
             let area = Area::filled(shape, 1, 1);
             let word = area.page(77) + 8;
-            for round in 0..50u64 {
-                poke(word, round);
+            for round in 0..50usize {
+                poke(word, round as u64);
                 world.send(&area);
+                let futex = |op: i32, value: usize| syscall(libc::SYS_futex, [word, arg(op), value, 0, 0, 0]);
                 // The value differs: the kernel has to look at it to know.
-                let wrong = u32::try_from(round).unwrap().wrapping_add(1);
-                // SAFETY: the word is inside the area.
-                let answer = unsafe {
-                    libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG, wrong, 0, 0, 0)
-                };
-                assert_eq!((answer, errno()), (-1, libc::EAGAIN));
+                assert_eq!(futex(libc::FUTEX_WAIT, round + 1), Err(libc::EAGAIN));
                 world.send(&area);
                 std::thread::scope(|s| {
                     s.spawn(|| {
-                        while peek(word) == round {
-                            let expected = u32::try_from(round).unwrap();
-                            // SAFETY: as above. An early return is no harm: the loop looks again.
-                            unsafe {
-                                libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAIT, expected, 0, 0, 0);
-                            }
+                        while peek(word) == round as u64 {
+                            // An early return is no harm: the loop looks again.
+                            let _ = futex(libc::FUTEX_WAIT, round);
                         }
                     });
                     world.migrate(&area);
-                    poke(word, round + 1000);
+                    poke(word, round as u64 + 1000);
                     world.migrate(&area);
-                    // SAFETY: as above.
-                    unsafe { libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAKE, 1, 0, 0, 0) };
+                    futex(libc::FUTEX_WAKE, 1).unwrap();
                 });
             }
             area.unmap();
@@ -631,9 +619,8 @@ fn user_mode_only_touches_bring_pages_home_and_system_calls_answer() {
         let mut pipe = [0; 2];
         // SAFETY: writes two descriptors to a local.
         assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
-        // SAFETY: the kernel reads memory of the test.
-        let n = unsafe { libc::write(pipe[1], ptr::with_exposed_provenance(area.start), 100) };
-        assert_eq!((n, errno()), (-1, libc::EFAULT), "an error, never wrong bytes");
+        let answer = syscall(libc::SYS_write, [arg(pipe[1]), area.start, 100, 0, 0, 0]);
+        assert_eq!(answer, Err(libc::EFAULT), "an error, never wrong bytes");
         area.check(1);
         world.finish();
         Ok(())
@@ -651,7 +638,7 @@ fn a_mapping_of_many_vmas_goes_at_once() {
                 assert_eq!(via.mprotect(area.page(n), PAGE, libc::PROT_READ), 0);
             }
             let report = world.migrate(&area.part(200..800));
-            assert!(report.is_complete(), "{:?}", common::kit::summary(&report));
+            assert!(report.is_complete(), "{:?}", summary(&report));
             area.part(300..400).check_from(1, 300);
             assert_eq!(via.munmap(area.start, area.len()), 0);
             world.frames_become(0);
@@ -670,17 +657,17 @@ fn what_another_thread_maps_in_the_place_is_not_disturbed() {
         let world = World::new(32)?;
         // The place is mapped, sent away, unmapped and mapped again so fast that events and new mappings meet.
         let area = Area::new(Shape::Small, 1);
-        for round in 0..2000u64 {
-            let part = area.part(0..1 + (round as usize * 37) % 512);
-            (0..part.pages).step_by(17).for_each(|n| write_page(part.page(n), round, n));
+        for round in 0..2000 {
+            let part = area.part(0..1 + (round * 37) % 512);
+            (0..part.pages).step_by(17).for_each(|n| write_page(part.page(n), round as u64, n));
             world.migrate(&part);
             assert_eq!(Via::Libc.munmap(part.start, part.len()), 0);
             map(part.start, part.len(), RW, libc::MAP_FIXED_NOREPLACE);
             for n in (0..part.pages).step_by(5) {
                 expect_zero(part.page(n));
-                write_page(part.page(n), round, n);
+                write_page(part.page(n), round as u64, n);
             }
-            (0..part.pages).step_by(5).for_each(|n| expect_page(part.page(n), round, n));
+            (0..part.pages).step_by(5).for_each(|n| expect_page(part.page(n), round as u64, n));
             (0..part.pages).filter(|n| n % 5 != 0).for_each(|n| expect_zero(part.page(n)));
         }
         world.finish();

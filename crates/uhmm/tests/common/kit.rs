@@ -274,61 +274,71 @@ pub fn errno() -> i32 {
     std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
 }
 
-fn pointer<T>(addr: usize) -> *mut T {
+pub fn pointer<T>(addr: usize) -> *mut T {
     ptr::with_exposed_provenance_mut(addr)
+}
+
+/// A system call by its number: what it answered, or errno.
+pub fn syscall(number: libc::c_long, args: [usize; 6]) -> Result<usize, i32> {
+    let [a, b, c, d, e, f] = args;
+    // SAFETY: tests let the kernel read and write only memory that they have mapped for it, in which no Rust object
+    // lives, or locals that outlive the call.
+    let answer = unsafe { libc::syscall(number, a, b, c, d, e, f) };
+    if answer == -1 { Err(errno()) } else { Ok(usize::try_from(answer.cast_unsigned()).unwrap()) }
+}
+
+/// A flag or a descriptor as an argument of [`syscall`].
+pub fn arg(n: i32) -> usize {
+    usize::try_from(n).expect("flags and descriptors are not negative")
+}
+
+fn zero_or_minus_one(answer: Result<usize, i32>) -> i32 {
+    if answer == Ok(0) { 0 } else { -1 }
 }
 
 impl Via {
     pub fn mmap(self, at: usize, len: usize, prot: i32, flags: i32, fd: i32) -> Result<usize, i32> {
-        let answer = match self {
-            // SAFETY: tests map over nothing but what they have mapped themselves.
-            Self::Libc => unsafe { libc::mmap(pointer(at), len, prot, flags, fd, 0) }.expose_provenance(),
-            // SAFETY: as above.
-            Self::Raw => unsafe { libc::syscall(libc::SYS_mmap, at, len, prot, flags, fd, 0) }.cast_unsigned() as usize,
-        };
-        if answer == usize::MAX { Err(errno()) } else { Ok(answer) }
+        if self == Self::Raw {
+            let fd = usize::try_from(fd).unwrap_or(usize::MAX);
+            return syscall(libc::SYS_mmap, [at, len, arg(prot), arg(flags), fd, 0]);
+        }
+        // SAFETY: tests map over nothing but what they have mapped themselves.
+        let mapped = unsafe { libc::mmap(pointer(at), len, prot, flags, fd, 0) };
+        if mapped == libc::MAP_FAILED { Err(errno()) } else { Ok(mapped.expose_provenance()) }
     }
 
     pub fn munmap(self, at: usize, len: usize) -> i32 {
-        match self {
-            // SAFETY: tests unmap what they have mapped themselves, when they do not use it any more.
-            Self::Libc => unsafe { libc::munmap(pointer(at), len) },
-            // SAFETY: as above.
-            Self::Raw => i32::try_from(unsafe { libc::syscall(libc::SYS_munmap, at, len) }).unwrap(),
+        if self == Self::Raw {
+            return zero_or_minus_one(syscall(libc::SYS_munmap, [at, len, 0, 0, 0, 0]));
         }
+        // SAFETY: tests unmap what they have mapped themselves, when they do not use it any more.
+        unsafe { libc::munmap(pointer(at), len) }
     }
 
     /// The new address, or errno.
     pub fn mremap(self, at: usize, len: usize, new_len: usize, flags: i32, to: usize) -> Result<usize, i32> {
-        let answer = match self {
-            // SAFETY: tests move what they have mapped themselves, onto holes or onto mappings of their own.
-            Self::Libc => {
-                unsafe { libc::mremap(pointer(at), len, new_len, flags, pointer::<u8>(to)) }.expose_provenance()
-            }
-            // SAFETY: as above.
-            Self::Raw => {
-                unsafe { libc::syscall(libc::SYS_mremap, at, len, new_len, flags, to) }.cast_unsigned() as usize
-            }
-        };
-        if answer == usize::MAX { Err(errno()) } else { Ok(answer) }
+        if self == Self::Raw {
+            return syscall(libc::SYS_mremap, [at, len, new_len, arg(flags), to, 0]);
+        }
+        // SAFETY: tests move what they have mapped themselves, onto holes or onto mappings of their own.
+        let moved = unsafe { libc::mremap(pointer(at), len, new_len, flags, pointer::<u8>(to)) };
+        if moved == libc::MAP_FAILED { Err(errno()) } else { Ok(moved.expose_provenance()) }
     }
 
     pub fn madvise(self, at: usize, len: usize, advice: i32) -> i32 {
-        match self {
-            // SAFETY: advice on memory of the test, whose content it does not rely on where the advice drops it.
-            Self::Libc => unsafe { libc::madvise(pointer(at), len, advice) },
-            // SAFETY: as above.
-            Self::Raw => i32::try_from(unsafe { libc::syscall(libc::SYS_madvise, at, len, advice) }).unwrap(),
+        if self == Self::Raw {
+            return zero_or_minus_one(syscall(libc::SYS_madvise, [at, len, arg(advice), 0, 0, 0]));
         }
+        // SAFETY: advice on memory of the test, whose content it does not rely on where the advice drops it.
+        unsafe { libc::madvise(pointer(at), len, advice) }
     }
 
     pub fn mprotect(self, at: usize, len: usize, prot: i32) -> i32 {
-        match self {
-            // SAFETY: memory of the test, which touches it as the new protection allows.
-            Self::Libc => unsafe { libc::mprotect(pointer(at), len, prot) },
-            // SAFETY: as above.
-            Self::Raw => i32::try_from(unsafe { libc::syscall(libc::SYS_mprotect, at, len, prot) }).unwrap(),
+        if self == Self::Raw {
+            return zero_or_minus_one(syscall(libc::SYS_mprotect, [at, len, arg(prot), 0, 0, 0]));
         }
+        // SAFETY: memory of the test, which touches it as the new protection allows.
+        unsafe { libc::mprotect(pointer(at), len, prot) }
     }
 }
 
@@ -357,9 +367,9 @@ pub fn fork_child(f: impl FnOnce()) -> i32 {
 
 /// As [`fork_child`], by the bare system call: nobody is told but by an event of the kernel's.
 pub fn raw_fork_child(f: impl FnOnce()) -> i32 {
-    let flags = libc::SIGCHLD;
-    // SAFETY: as for `fork_child`; without a new stack this is fork.
-    child_of(i32::try_from(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) }).unwrap(), f)
+    // Without a new stack this is fork.
+    let pid = syscall(libc::SYS_clone, [arg(libc::SIGCHLD), 0, 0, 0, 0, 0]).expect("clone");
+    child_of(i32::try_from(pid).unwrap(), f)
 }
 
 fn child_of(pid: i32, f: impl FnOnce()) -> i32 {
