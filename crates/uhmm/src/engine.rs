@@ -60,7 +60,11 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { max_blocks: 32 << 10, staging_chunks: 512, keep_chunks: 8, movers: 2 }
+        // A 64th of RAM, 256 MiB at most, is worth the bandwidth: without recycled pages what comes home waits for the
+        // kernel to allocate and clear.
+        let share = uhmm_sys::limits::total_ram() / 64 / uhmm_sys::addr::BLOCK_SIZE;
+        let keep_chunks = u32::try_from(share.clamp(8, 128)).expect("clamped");
+        Self { max_blocks: 32 << 10, staging_chunks: 512, keep_chunks, movers: 2 }
     }
 }
 
@@ -307,6 +311,19 @@ impl<O: Os> Core<O> {
     /// # Locking
     /// To be called by threads that are not the engine's.
     pub(crate) fn call<T>(&self, request: Request, read: impl FnOnce(&Job, Reply) -> T) -> T {
+        Self::collect(self.post(request), read)
+    }
+
+    /// Waits for a posted job; `read` sees the results before they go.
+    pub(crate) fn collect<T>(job: &'static Job, read: impl FnOnce(&Job, Reply) -> T) -> T {
+        let reply = job.wait();
+        let result = read(job, reply);
+        job.release();
+        result
+    }
+
+    /// Posts a job, to be collected.
+    pub(crate) fn post(&self, request: Request) -> &'static Job {
         let mut spins = 0;
         let job = loop {
             match self.jobs.iter().find(|job| job.claim()) {
@@ -317,10 +334,7 @@ impl<O: Os> Core<O> {
         job.post(request);
         self.posted.fetch_add(1, Release);
         let _ = futex::wake(&self.posted, 1);
-        let reply = job.wait();
-        let result = read(job, reply);
-        job.release();
-        result
+        job
     }
 }
 
@@ -336,9 +350,14 @@ const _: () = assert!(JOBS >= 4);
 
 /// Cuts `range` into pieces that one job can answer for.
 pub(crate) fn job_pieces(range: PageRange) -> impl Iterator<Item = PageRange> {
+    // Cut at block boundaries: a huge folio must not end up in two jobs.
     let step = (JOB_PAGES as u64) << uhmm_sys::addr::PAGE_SHIFT;
-    let (start, end) = (range.start().get(), range.end().get());
-    (start..end).step_by(usize::try_from(step).expect("64-bit")).map(move |at| {
-        PageRange::from_ends(VirtAddr::new(at), VirtAddr::new(end.min(at + step))).expect("a piece of a range")
+    let end = range.end().get();
+    let mut at = range.start().get();
+    std::iter::from_fn(move || {
+        let next = end.min((at / step + 1) * step);
+        let piece = PageRange::from_ends(VirtAddr::new(at), VirtAddr::new(next)).ok()?;
+        at = next;
+        Some(piece)
     })
 }

@@ -109,7 +109,8 @@ impl<O: Os> Core<O> {
     ) -> PageSet {
         let mut taken = PageSet::EMPTY;
         for run in left.runs() {
-            if let Err(error) = self.copy_run_out(ctx, transit, chunk, run, &mut taken) {
+            let mut stuck = PageSet::EMPTY;
+            if let Err(error) = self.copy_run_out(ctx, transit, chunk, run, &mut taken, &mut stuck) {
                 let rest = PageSet::span(run.first, run.first + run.count).minus(&taken);
                 for part in rest.runs() {
                     let range = transit.block().run(part);
@@ -118,7 +119,7 @@ impl<O: Os> Core<O> {
                     self.os.wake(range);
                 }
                 if error == Errno::AGAIN {
-                    pass.again = pass.again.or(&rest);
+                    pass.again = pass.again.or(&rest.minus(&stuck));
                 }
             }
         }
@@ -126,7 +127,8 @@ impl<O: Os> Core<O> {
         taken
     }
 
-    /// Adds to `taken` what is gone from the program, also when it stops half-way.
+    /// Adds to `taken` what is gone from the program, also when it stops half-way, and to `stuck` what is there but no
+    /// page (a guard, say).
     fn copy_run_out(
         &'static self,
         ctx: &mut Ctx,
@@ -134,6 +136,7 @@ impl<O: Os> Core<O> {
         chunk: Chunk,
         run: Run,
         taken: &mut PageSet,
+        stuck: &mut PageSet,
     ) -> Result<(), Errno> {
         let range = transit.block().run(run);
         let changes = self.own_drops.changes.load(SeqCst);
@@ -149,9 +152,18 @@ impl<O: Os> Core<O> {
         for part in present.runs() {
             let bytes = self.staging.bytes(chunk.slot(part.first), part.count);
             let copied = self.os.read(transit.block().page(part.first), bytes);
+            if copied.stop.is_some_and(|why| why != Errno::IO) {
+                return Err(Errno::FAULT);
+            }
             if copied.done != part.bytes() {
-                // A page that was there a moment ago is gone: the program dropped it. Look anew.
-                return Err(if copied.stop == Some(Errno::IO) { Errno::AGAIN } else { Errno::FAULT });
+                let i = part.first + usize::try_from(copied.done / PAGE_SIZE).expect("below 512");
+                let mut page = [Page::empty(); 1];
+                self.os.scan(transit.block().run(Run { first: i, count: 1 }), &mut page)?;
+                if page[0].intersects(Page::PRESENT | Page::SWAPPED) {
+                    stuck.insert(i);
+                }
+                // Else the program has dropped it a moment ago. Look anew either way.
+                return Err(Errno::AGAIN);
             }
         }
         for part in present.runs() {

@@ -510,6 +510,8 @@ impl<O: Os> Core<O> {
                         (first..until).for_each(|i| pass.shared.insert(i));
                         first = until;
                     }
+                    // What is there is no page (a guard, say): the others go on.
+                    Some(Errno::FAULT) => first += 1,
                     Some(error) => {
                         *stop = Some(error);
                         return src;

@@ -30,7 +30,7 @@ use crate::{
     device_table::{Access, DeviceTable, Pte},
     devices::Entry,
     engine::{Config, Core, JOB_PAGES, job_pieces},
-    job::{DeviceRef, Reply, Request},
+    job::{DeviceRef, Job, Reply, Request},
     linux::LinuxMm,
     migrate::{Holes, OtherDevices, PageOutcome, Plan, ResidencyRule},
     mirror::{DeviceFaultPolicy, FaultError, PageReport},
@@ -211,6 +211,14 @@ impl Report {
         }
     }
 
+    fn put_first(&mut self, outcome: PageOutcome, pages: usize) {
+        match self.runs.first_mut() {
+            _ if pages == 0 => {}
+            Some((first, count)) if *first == outcome => *count += pages,
+            _ => self.runs.insert(0, (outcome, pages)),
+        }
+    }
+
     /// The range asked for.
     #[must_use]
     pub const fn range(&self) -> PageRange {
@@ -382,6 +390,8 @@ impl Mm {
     /// # Errors
     /// [`StartError::Thread`].
     pub fn keep_resident(&self, limit: u64) -> Result<(), StartError> {
+        // Recycled pages count as the program's memory: a few are worth having, a 64th of RAM is not.
+        self.core.staging.keep_at_most(8);
         let before = self.core.resident_limit.swap(limit, std::sync::atomic::Ordering::AcqRel);
         if before != u64::MAX {
             return Ok(());
@@ -675,23 +685,35 @@ impl Port {
     }
 }
 
-/// Runs one request per piece of `range` and collects the outcomes. Passes over what is not mapped at once, so that the
-/// whole address space is a range like any other.
+/// Runs one request per piece of `range` and collects the outcomes, two pieces under way at a time. Passes over what is
+/// not mapped at once, so that the whole address space is a range like any other.
 fn run_pieces(core: &Core<LinuxMm>, range: PageRange, request: impl Fn(PageRange) -> Request) -> Report {
     let mut report = Report::new(range);
+    let mut collect = |(job, piece): (&'static Job, PageRange), gap: usize| {
+        Core::<LinuxMm>::collect(job, |job, _| {
+            (0..piece.pages()).for_each(|n| report.push(PageOutcome::from_bits(job.result(n)), 1));
+        });
+        report.push(PageOutcome::Unmapped, gap);
+    };
+    let mut first_gap = 0;
+    let mut under_way: Option<(&'static Job, PageRange)> = None;
     let mut at = range.start();
     while let Ok(rest) = PageRange::from_ends(at, range.end()) {
         let mapped = if rest.pages() <= JOB_PAGES { at } else { next_mapped(core, at).min(range.end()) };
         let gap = mapped.offset_from(at).expect("the search goes up") / PAGE_SIZE;
-        report.push(PageOutcome::Unmapped, usize::try_from(gap).expect("64-bit"));
-        at = range.end();
-        if let Some(piece) = PageRange::from_ends(mapped, range.end()).ok().and_then(|rest| job_pieces(rest).next()) {
-            core.call(request(piece), |job, _| {
-                (0..piece.pages()).for_each(|n| report.push(PageOutcome::from_bits(job.result(n)), 1));
-            });
-            at = piece.end();
+        let gap = usize::try_from(gap).expect("64-bit");
+        let piece = PageRange::from_ends(mapped, range.end()).ok().and_then(|rest| job_pieces(rest).next());
+        let posted = piece.map(|piece| (core.post(request(piece)), piece));
+        match std::mem::replace(&mut under_way, posted) {
+            Some(earlier) => collect(earlier, gap),
+            None => first_gap = gap,
         }
+        at = piece.map_or(range.end(), PageRange::end);
     }
+    if let Some(last) = under_way {
+        collect(last, 0);
+    }
+    report.put_first(PageOutcome::Unmapped, first_gap);
     report
 }
 

@@ -6,8 +6,8 @@ use uhmm_sys::addr::BLOCK_PAGES;
 
 use crate::page_set::PageSet;
 
-/// How many pages come home at least with one that is touched, where they are away too: 64 KiB.
-pub const FAULT_AROUND_MIN: usize = 16;
+/// How many pages come home with the first that is touched in a block, where they are away too: 64 KiB.
+pub const FAULT_AROUND_FIRST: usize = 16;
 /// How many at most.
 pub const FAULT_AROUND_MAX: usize = BLOCK_PAGES;
 
@@ -77,15 +77,18 @@ pub(crate) fn came_home(word: &AtomicU64, now_ms: u64, away_ms: u64) {
 
 /// The pages that come home together when page `i` is touched, given which pages are away.
 ///
-/// Starts with the aligned 64 KiB around it, and doubles each time a touch falls just behind the last window, as a
-/// sequential reader's do.
+/// Starts with the aligned 64 KiB around it. Doubles each time a touch falls just behind the last window, as a
+/// sequential reader's do, and halves each time one falls elsewhere in the block: what comes along with a random access
+/// has to leave again, and pushes out something better.
 pub(crate) fn fault_window(word: &AtomicU64, i: usize, is_away: impl Fn(usize) -> bool) -> PageSet {
     let mut r = Residency::unpack(word.load(Relaxed));
-    let min_log = u64::from(FAULT_AROUND_MIN.ilog2());
-    let max_log = u64::from(FAULT_AROUND_MAX.ilog2());
-    r.window_log = if r.next == i as u64 && i != 0 { (r.window_log.max(min_log) + 1).min(max_log) } else { min_log };
+    r.window_log = match r.next {
+        0 => u64::from(FAULT_AROUND_FIRST.ilog2()),
+        next if next == i as u64 => (r.window_log + 1).min(u64::from(FAULT_AROUND_MAX.ilog2())),
+        _ => r.window_log.saturating_sub(1),
+    };
     let pages = 1usize << r.window_log;
-    let first = i & !(FAULT_AROUND_MIN - 1);
+    let first = i & !(pages.min(FAULT_AROUND_FIRST) - 1);
     let end = (first + pages).min(BLOCK_PAGES);
     r.next = end as u64;
     word.store(r.pack(), Relaxed);
@@ -128,6 +131,14 @@ mod tests {
         }
         assert_eq!(sizes.iter().sum::<usize>(), BLOCK_PAGES);
         assert_eq!(sizes, [16, 32, 64, 128, 256, 16], "the last window ends with the block");
+    }
+
+    #[test]
+    fn a_random_reader_gets_ever_smaller_windows() {
+        let word = AtomicU64::new(0);
+        let sizes: Vec<usize> =
+            [300, 40, 500, 7, 222, 111].into_iter().map(|i| fault_window(&word, i, |_| true).count()).collect();
+        assert_eq!(sizes, [16, 8, 4, 2, 1, 1]);
     }
 
     #[test]

@@ -207,6 +207,11 @@ impl Staging {
         self.keep.store(0, Relaxed);
     }
 
+    /// Keeps no more than `chunks` chunks of garbage from now on.
+    pub(crate) fn keep_at_most(&self, chunks: u32) {
+        self.keep.fetch_min(chunks, Relaxed);
+    }
+
     /// Whether pages may be filled anew.
     pub(crate) fn recycles(&self) -> bool {
         self.keep.load(Relaxed) != 0
