@@ -231,8 +231,13 @@ impl Lane {
                 PageOutcome::Moved | PageOutcome::Already => {
                     self.port.fault(addr, Access::Atomic, DeviceFaultPolicy::Map)?;
                 }
-                // Somebody has it just now.
-                PageOutcome::Busy | PageOutcome::Pinned | PageOutcome::Hole | PageOutcome::TimedOut => {}
+                // Somebody has it just now: a CPU thread, another device, another lane.
+                PageOutcome::Busy
+                | PageOutcome::Pinned
+                | PageOutcome::Hole
+                | PageOutcome::OtherDevice
+                | PageOutcome::ExclusiveElsewhere
+                | PageOutcome::TimedOut => {}
                 outcome => {
                     // Where the mapping is to blame the fault says so.
                     self.port.fault(addr, Access::Write, DeviceFaultPolicy::Map)?;
