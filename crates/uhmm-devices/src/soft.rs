@@ -32,6 +32,7 @@ mod run;
 mod store;
 
 use std::{
+    os::fd::{AsFd, BorrowedFd},
     path::PathBuf,
     sync::{
         OnceLock,
@@ -292,6 +293,28 @@ impl Device for SoftDevice {
 
     fn open_gate(&self) {
         self.marks.open();
+    }
+
+    fn before_fork(&self, engine_thread: u32) -> Result<(), DeviceError> {
+        self.store.file().map_or(Ok(()), |file| file.hand_over(engine_thread).map_err(DeviceError::Io))
+    }
+
+    fn after_fork_in_child(&self) {
+        if let Some(file) = self.store.file() {
+            file.take_over();
+        }
+    }
+
+    fn files(&self, f: &mut dyn FnMut(BorrowedFd<'_>)) {
+        if let Some(file) = self.store.file() {
+            f(file.as_fd());
+        }
+    }
+
+    fn end_fork(&self) {
+        if let Some(file) = self.store.file() {
+            file.end_fork();
+        }
     }
 
     fn freed(&self, frames: FrameRun) {

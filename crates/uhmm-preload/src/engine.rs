@@ -27,7 +27,7 @@ use uhmm::{
     trace::{Counter, Stats},
 };
 use uhmm_devices::soft::{SoftConfig, SoftDevice};
-use uhmm_sys::{arena, exclude, thread};
+use uhmm_sys::{arena, exclude, files::own_files, thread};
 
 use crate::{
     Environment, limits,
@@ -142,7 +142,7 @@ fn starter(_: usize) {
     std::thread::sleep(HEAD_START);
     let Some(orders) = ORDERS.get() else { return };
     // Before the devices are made, whose files the engine's threads inherit.
-    if let Err(errno) = own_files() {
+    if let Err(errno) = own_files(&mut std::iter::empty()) {
         return fail(Files::Program, format_args!("no files of its own for the engine: {errno}"));
     }
     match set_up(orders) {
@@ -155,29 +155,13 @@ fn starter(_: usize) {
     }
 }
 
-/// Gives the calling thread an empty table of file descriptors: in a copy of the program's, pipes would stay open that
-/// the program has closed.
-///
-/// # Kernel
-/// `close_range(2)` with `CLOSE_RANGE_UNSHARE`.
-fn own_files() -> Result<(), std::io::Error> {
-    // SAFETY: unshares first, so that no file of the program's is closed, nor any that another thread uses.
-    let answer = unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, libc::CLOSE_RANGE_UNSHARE) };
-    if answer == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
-}
-
 fn set_up(orders: &Orders) -> Result<&'static Running, String> {
-    let devices: Vec<SoftDevice> = orders.devices.iter().enumerate().map(make_device).collect::<Result<_, _>>()?;
-    let setup = Setup { threads: Threads::Hidden, stats: orders.stats, ..Setup::default() };
-    let mm = Mm::open_with(setup).map_err(|why| why.to_string())?;
+    // A forked child that took its parent's memory over has an engine already, with the parent's devices.
+    let (mm, devices) = match Mm::existing() {
+        Some(mm) => (mm, Vec::new()),
+        None => open(orders)?,
+    };
     mm.stats().add(Counter::Processes, 1);
-    let register = |device| mm.register(device).map_err(|why| why.to_string());
-    let devices: Vec<Mirror<SoftDevice>> = devices.into_iter().map(register).collect::<Result<_, _>>()?;
-    for mirror in &devices {
-        // Lanes, but no workers: nobody has work for them.
-        let port = mirror.port().ok_or("a device is gone already")?;
-        mirror.device().start(port, 0, thread::Kind::Raw).map_err(|why| why.to_string())?;
-    }
     let running = Running { mm, pid: std::process::id(), devices };
     // It is never dropped: pages may be away until the process ends.
     let running = arena::value(running).map_err(|errno| format!("no memory: {errno}"))?;
@@ -190,6 +174,21 @@ fn set_up(orders: &Orders) -> Result<&'static Running, String> {
         running.mm.stress(seed, Some(running)).map_err(|why| why.to_string())?;
     }
     Ok(running)
+}
+
+/// Opens the address space and registers the devices.
+fn open(orders: &Orders) -> Result<(Mm, Vec<Mirror<SoftDevice>>), String> {
+    let devices: Vec<SoftDevice> = orders.devices.iter().enumerate().map(make_device).collect::<Result<_, _>>()?;
+    let setup = Setup { threads: Threads::Hidden, stats: orders.stats, ..Setup::default() };
+    let mm = Mm::open_with(setup).map_err(|why| why.to_string())?;
+    let register = |device| mm.register(device).map_err(|why| why.to_string());
+    let devices: Vec<Mirror<SoftDevice>> = devices.into_iter().map(register).collect::<Result<_, _>>()?;
+    for mirror in &devices {
+        // Lanes, but no workers: nobody has work for them.
+        let port = mirror.port().ok_or("a device is gone already")?;
+        mirror.device().start(port, 0, thread::Kind::Raw).map_err(|why| why.to_string())?;
+    }
+    Ok((mm, devices))
 }
 
 fn make_device((n, spec): (usize, &DeviceSpec)) -> Result<SoftDevice, String> {

@@ -26,6 +26,7 @@ pub mod area;
 pub mod arena;
 pub mod exclude;
 pub mod fence;
+pub mod files;
 pub mod fork;
 pub mod futex;
 mod heap;

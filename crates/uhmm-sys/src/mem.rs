@@ -424,23 +424,25 @@ impl Mapping {
 
     /// Gives the memory behind `off..off + len` back; it reads as zero afterwards.
     ///
+    /// Needs no file descriptor, so that it works on threads that do not have it.
+    ///
     /// # Errors
-    /// `EOPNOTSUPP`, `ENODEV`: the file cannot have holes; its bytes are unchanged.
+    /// `EOPNOTSUPP`, `EINVAL`: the file cannot have holes; its bytes are unchanged.
     ///
     /// # Panics
-    /// If the bytes are out of range.
+    /// If the bytes are out of range, or not whole pages.
     ///
     /// # Kernel
-    /// `fallocate(2)` with `FALLOC_FL_PUNCH_HOLE`; parts of pages at either end are zeroed.
+    /// `madvise(2)` with `MADV_REMOVE`.
     #[track_caller]
     pub fn punch(&self, off: u64, len: u64) -> Result<(), Errno> {
         let part = self.span.part(off, len);
         if part.len == 0 {
             return Ok(());
         }
-        let mode = raw::arg(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE);
-        // SAFETY: changes untyped bytes of a file whose length stays as it is.
-        unsafe { raw::syscall(libc::SYS_fallocate, [raw::fd_arg(self.fd.as_fd()), mode, off, len]) }.map(drop)
+        let range = PageRange::new(part.addr, part.len).expect("holes are whole pages");
+        // SAFETY: untyped memory of this mapping, which no reference leads into.
+        unsafe { raw::madvise(range, libc::MADV_REMOVE) }
     }
 
     /// Asks for huge pages behind the mapping; a kernel or file that has none is no error.

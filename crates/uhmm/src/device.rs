@@ -6,7 +6,7 @@
 //! that the engine never moves: [`uhmm_sys::arena`], device memory itself, or statics of the crate that links the
 //! engine.
 
-use std::fmt;
+use std::{fmt, os::fd::BorrowedFd};
 
 use thiserror::Error;
 use uhmm_sys::{
@@ -209,15 +209,26 @@ pub trait Device: Send + Sync + 'static {
     fn open_gate(&self) {}
 
     /// Called on the thread that forks, before a fork after which the child will use the frames too
-    /// ([`MemorySpec::survives_fork`]).
-    fn before_fork(&self) {}
-
-    /// Called on the thread that forked, in the parent, after [`Device::before_fork`].
-    fn after_fork_in_parent(&self) {}
+    /// ([`MemorySpec::survives_fork`]). `engine_thread` is the id of a thread that has the engine's files: those that the
+    /// child is to have must be in the calling thread's table (see [`uhmm_sys::files`]).
+    ///
+    /// # Errors
+    /// The frames cannot be shared: all pages come home before the fork.
+    fn before_fork(&self, _engine_thread: u32) -> Result<(), DeviceError> {
+        Ok(())
+    }
 
     /// Called in the child, where only the calling thread exists, before anything else is asked of the device: state
     /// that the parent's threads were in the middle of changing has to be made right.
     fn after_fork_in_child(&self) {}
+
+    /// Calls `f` for each file that the device's methods use on engine threads. Asked in a forked child, after
+    /// [`Device::after_fork_in_child`].
+    fn files(&self, _f: &mut dyn FnMut(BorrowedFd<'_>)) {}
+
+    /// Ends what [`Device::before_fork`] began, whether it succeeded or not: on the thread that forked, in the parent once
+    /// it has forked or failed to, and in the child once the engine's threads have their own files there.
+    fn end_fork(&self) {}
 
     /// Tells that frames are free again; the device may give their backing store back.
     fn freed(&self, _frames: FrameRun) {}

@@ -45,7 +45,7 @@ use crate::{
     device::{Cause, DevPfn, DeviceId, Invalidation},
     engine::Core,
     gate::pause,
-    job::Request,
+    job::{Reply, Request},
     linux::LinuxMm,
     mm,
     ops::whole_space,
@@ -96,13 +96,26 @@ extern "C" fn prepare() {
     }
     let under_way = mm::current().map(|(core, threads)| {
         // The child needs a userfaultfd at once; a thread that has dropped its privileges may not be able to get one.
-        let sharing = match threads {
+        let mut sharing = match threads {
             mm::Threads::Hidden if LinuxMm::can_open() => Sharing::Shared,
             mm::Threads::Hidden | mm::Threads::Ordinary => Sharing::Home,
         };
+        if sharing == Sharing::Shared {
+            let engine_thread = core.call(Request::EngineThread, |_, reply| match reply {
+                Reply::Thread(id) => id,
+                reply => unreachable!("{reply:?} is no answer to who the engine is"),
+            });
+            core.devices.for_each(|entry| {
+                if entry.survives_fork() && entry.device().before_fork(engine_thread).is_err() {
+                    sharing = Sharing::Home;
+                }
+            });
+            if sharing == Sharing::Home {
+                end_fork(core);
+            }
+        }
         core.call(Request::ForkPrepare { sharing }, |_, _| ());
         if sharing == Sharing::Shared {
-            core.devices.for_each(|entry| entry.device().before_fork());
             // What libc itself touches in the child before it calls us.
             fork::touch_stdio();
         }
@@ -112,12 +125,17 @@ extern "C" fn prepare() {
     fork::set_errno(0);
 }
 
+/// Closes in the calling thread's table what was opened there for the child.
+fn end_fork(core: &Core<LinuxMm>) {
+    core.devices.for_each(|entry| entry.device().end_fork());
+}
+
 extern "C" fn parent() {
     let failed = fork::errno();
     let under_way = UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner).take();
     match under_way {
         Some((core, Sharing::Shared)) => {
-            core.devices.for_each(|entry| entry.device().after_fork_in_parent());
+            end_fork(core);
             if failed == 0 {
                 // Not a job: the movers may all be waiting for just this.
                 core.thaw();
@@ -138,14 +156,15 @@ extern "C" fn child() {
     GENERATION.fetch_add(1, Release);
     TURN.store(false, Release);
     mm::forget();
-    if let Some((core, Sharing::Shared)) = under_way
-        && core.count_away(whole_space()) != 0
-    {
-        core.devices.for_each(|entry| entry.device().after_fork_in_child());
-        if let Err(error) = mm::take_over(core) {
-            // Going on would read zeros where the bytes are away.
-            fork::die(&format!("uhmm: a forked child cannot take its memory over: {error}\n"));
+    if let Some((core, Sharing::Shared)) = under_way {
+        if core.count_away(whole_space()) != 0 {
+            core.devices.for_each(|entry| entry.device().after_fork_in_child());
+            if let Err(error) = mm::take_over(core) {
+                // Going on would read zeros where the bytes are away.
+                fork::die(&format!("uhmm: a forked child cannot take its memory over: {error}\n"));
+            }
         }
+        end_fork(core);
     }
     if let Some(f) = IN_CHILD.get() {
         f();

@@ -61,6 +61,8 @@ pub(crate) enum Request {
     ForkPrepare { sharing: crate::fork::Sharing },
     /// A fork that was prepared with sharing failed.
     ForkFailed,
+    /// Which thread answers.
+    EngineThread,
     /// Start one more thread of the engine: only those that one of its own makes have its files.
     Spawn { threads: Threads, role: Role },
     /// Bring everything home and unregister all memory.
@@ -94,6 +96,8 @@ pub(crate) enum Reply {
     Pte(Pte),
     /// A device's fault, or a range fault, failed.
     Fault(FaultError),
+    /// The id of the thread that answers.
+    Thread(u32),
     /// Memory or the kernel failed.
     Failed(Errno),
 }

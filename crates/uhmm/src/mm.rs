@@ -6,11 +6,14 @@
 //! # Kernel
 //! `struct mm_struct` with what `mm/hmm.c` hung on it (`hmm_mm_init()`, `hmm_mm_destroy()`).
 
-use std::sync::{
-    Mutex,
-    atomic::{
-        AtomicU32,
-        Ordering::{Acquire, Release},
+use std::{
+    os::fd::AsRawFd,
+    sync::{
+        Mutex,
+        atomic::{
+            AtomicU32,
+            Ordering::{Acquire, Release},
+        },
     },
 };
 
@@ -43,7 +46,9 @@ pub enum Threads {
     /// Ordinary threads with private stacks: for programs that link the engine, whose devices may use all of libc.
     Ordinary,
     /// Threads that libc does not know, with a file table of their own: for the preload library, whose program must
-    /// not be able to tell, nor close the engine's descriptors. Devices must get by with plain system calls.
+    /// not be able to tell, nor close the engine's descriptors. It begins as a copy of the table of the thread that opens
+    /// the address space; that one should hold the files of the devices to come, and none of the program's (see
+    /// [`uhmm_sys::files::own_files`]). Devices must get by with plain system calls.
     Hidden,
 }
 
@@ -299,6 +304,15 @@ impl Mm {
         };
         current.users += 1;
         Ok(Self { core })
+    }
+
+    /// The address space of this process, if it is set up: in a forked child, say, that took its memory over.
+    #[must_use]
+    pub fn existing() -> Option<Self> {
+        let mut current = lock(&process().current);
+        let core = current.core?;
+        current.users += 1;
+        Some(Self { core })
     }
 
     /// Registers a device. It is moved to where its methods may use it at any time, and never dropped.
@@ -820,8 +834,12 @@ fn set_up(start: Start) -> Result<&'static Core<LinuxMm>, StartError> {
         Start::Afresh(setup) => (setup.threads, setup.config.movers),
         Start::TakeOver(_) => (Threads::Hidden, Config::default().movers),
     };
-    if threads == Threads::Hidden {
-        thread::unshare_files().map_err(StartError::Thread)?;
+    match start {
+        Start::Afresh(_) if threads == Threads::Ordinary => {}
+        // The caller's: see `Threads::Hidden`.
+        Start::Afresh(_) => thread::unshare_files().map_err(StartError::Thread)?,
+        // The caller is the program.
+        Start::TakeOver(parent) => own_files(parent).map_err(StartError::Thread)?,
     }
     let os = LinuxMm::open()?;
     let core = match start {
@@ -846,6 +864,22 @@ fn set_up(start: Start) -> Result<&'static Core<LinuxMm>, StartError> {
         spawn(threads, Role::Mover, None).map_err(StartError::Thread)?;
     }
     Ok(core)
+}
+
+/// Gives the calling thread a table of files with those that the devices use, and no others.
+fn own_files(core: &Core<LinuxMm>) -> Result<(), Errno> {
+    /// Most files of all devices.
+    const MAX: usize = 4 * DeviceId::MAX;
+    let (mut files, mut count) = ([const { None }; MAX], 0);
+    core.devices.for_each(|entry| {
+        let device: &'static dyn Device = entry.device();
+        device.files(&mut |file| {
+            assert!(count < MAX, "a device has few files");
+            files[count] = Some(file.as_raw_fd());
+            count += 1;
+        });
+    });
+    uhmm_sys::files::own_files(&mut files.iter().flatten().copied())
 }
 
 /// For `fork`: the engine that runs, and how its threads were made.

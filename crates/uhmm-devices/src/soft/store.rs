@@ -43,6 +43,7 @@ use uhmm::device::{CopyOp, DevPfn, DeviceError, FrameRun};
 use uhmm_sys::{
     Errno,
     addr::{BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE},
+    files::EngineFile,
     mem::{AtomicOp, HostBytes, Mapping, shared_slice},
 };
 
@@ -122,7 +123,7 @@ pub enum SoftError {
 #[derive(Debug)]
 enum Backing {
     Ram(Mapping),
-    File(OwnedFd),
+    File(EngineFile),
 }
 
 /// The memory of one device. See the module's documentation.
@@ -153,7 +154,7 @@ impl Store {
                 mapping.advise_huge();
                 Backing::Ram(mapping)
             }
-            Memory::File { dir, .. } => Backing::File(open_file(dir, bytes)?),
+            Memory::File { dir, .. } => Backing::File(EngineFile::new(open_file(dir, bytes)?)),
         };
         let chunks: &[AtomicU32] = shared_slice((frames / CHUNK_FRAMES) as usize).map_err(SoftError::Memory)?;
         let idle: &[AtomicU32] = shared_slice(1).map_err(SoftError::Memory)?;
@@ -334,6 +335,14 @@ impl Store {
         Ok(())
     }
 
+    /// The file, if there is one.
+    pub(super) const fn file(&self) -> Option<&EngineFile> {
+        match &self.backing {
+            Backing::Ram(_) => None,
+            Backing::File(file) => Some(file),
+        }
+    }
+
     // The lanes' side: at most a page, within one frame.
 
     /// Copies a part of a frame to `host`.
@@ -363,7 +372,7 @@ impl Store {
     /// Runs `change` on a copy in `scratch` and writes it back, as one step for every lane.
     fn file_rmw<T>(
         &self,
-        fd: &OwnedFd,
+        fd: &EngineFile,
         off: u64,
         scratch: HostBytes,
         change: impl FnOnce(HostBytes) -> T,
@@ -465,7 +474,7 @@ fn file_parts(len: u64) -> impl Iterator<Item = (u64, usize)> {
     (0..len).step_by(FILE_CHUNK).map(move |at| (at, FILE_CHUNK.min(usize::try_from(len - at).unwrap_or(FILE_CHUNK))))
 }
 
-fn file_to_host(fd: &OwnedFd, off: u64, host: HostBytes) -> Result<(), DeviceError> {
+fn file_to_host(fd: &EngineFile, off: u64, host: HostBytes) -> Result<(), DeviceError> {
     let mut buf = [0; PAGE_SIZE_USIZE];
     let buf = &mut buf[..page_part(host)];
     pread_all(fd, buf, off)?;
@@ -473,7 +482,7 @@ fn file_to_host(fd: &OwnedFd, off: u64, host: HostBytes) -> Result<(), DeviceErr
     Ok(())
 }
 
-fn host_to_file(fd: &OwnedFd, off: u64, host: HostBytes) -> Result<(), DeviceError> {
+fn host_to_file(fd: &EngineFile, off: u64, host: HostBytes) -> Result<(), DeviceError> {
     let mut buf = [0; PAGE_SIZE_USIZE];
     let buf = &mut buf[..page_part(host)];
     host.read(0, buf);
@@ -491,7 +500,7 @@ fn device_error(errno: Errno) -> DeviceError {
     }
 }
 
-fn pread_all(fd: &OwnedFd, buf: &mut [u8], off: u64) -> Result<(), DeviceError> {
+fn pread_all(fd: &EngineFile, buf: &mut [u8], off: u64) -> Result<(), DeviceError> {
     let mut done = 0;
     while done < buf.len() {
         match rustix::io::pread(fd, &mut buf[done..], off + done as u64) {
@@ -505,7 +514,7 @@ fn pread_all(fd: &OwnedFd, buf: &mut [u8], off: u64) -> Result<(), DeviceError> 
     Ok(())
 }
 
-fn pwrite_all(fd: &OwnedFd, bytes: &[u8], off: u64) -> Result<(), DeviceError> {
+fn pwrite_all(fd: &EngineFile, bytes: &[u8], off: u64) -> Result<(), DeviceError> {
     let mut done = 0;
     while done < bytes.len() {
         match rustix::io::pwrite(fd, &bytes[done..], off + done as u64) {
@@ -518,7 +527,7 @@ fn pwrite_all(fd: &OwnedFd, bytes: &[u8], off: u64) -> Result<(), DeviceError> {
     Ok(())
 }
 
-fn punch(fd: &OwnedFd, off: u64, len: u64) -> Result<(), Errno> {
+fn punch(fd: &EngineFile, off: u64, len: u64) -> Result<(), Errno> {
     rustix::fs::fallocate(fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, off, len)
 }
 
