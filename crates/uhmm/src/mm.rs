@@ -789,8 +789,9 @@ fn launch(start: Start, threads: Threads) -> Result<&'static Core<LinuxMm>, Star
     lock(&process.result).take().expect("the starter left a result")
 }
 
-/// Address space for the engine. Only what is used is ever memory.
-const ARENA_BYTES: u64 = 4 << 30;
+/// Address space for the engine. Only what is used is ever memory. Nothing is given back, so that there is room for the
+/// tables of every device that comes and goes, and for a generation of forked children each.
+const ARENA_BYTES: u64 = 64 << 30;
 
 pub(crate) fn spawn(threads: Threads, role: Role, cpu: Option<usize>) -> Result<(), Errno> {
     let (kind, name) = match (threads, role) {
