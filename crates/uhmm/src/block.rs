@@ -221,6 +221,11 @@ impl Block {
         pages.iter().any(|i| self.word(i).locked())
     }
 
+    /// The pages that somebody holds.
+    pub(crate) fn held(&self) -> PageSet {
+        (0..BLOCK_PAGES).filter(|&i| self.word(i).locked()).collect()
+    }
+
     /// In a forked child, before any of its engine threads runs: gives page `i` a place, whoever held its lock.
     pub(crate) fn settle_in_child(&self, i: usize, place: Place) {
         self.words[i].store(Word::of(place).0, Release);

@@ -205,11 +205,13 @@ impl<O: Os> Core<O> {
         }
         let whole = PageRange::new(VirtAddr::new(0), uhmm_sys::addr::TASK_SIZE).expect("the user address space");
         self.blocks.for_each(whole, |block| {
-            if block.away() == 0 {
+            // A page that is held may be gone from the program, and not yet count as away (see `freeze`).
+            let away = self.away(block).or(&block.held());
+            if away.is_empty() {
                 return ControlFlow::Continue(());
             }
             let mut transit = Transit::new(block, self);
-            for i in self.away(block).iter() {
+            for i in away.iter() {
                 let place = self.hold_draining(&mut transit, i, reader);
                 let bytes = match place {
                     Place::Cpu => None,
