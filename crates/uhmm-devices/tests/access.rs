@@ -1,7 +1,7 @@
 //! What a lane reads and writes, wherever the page is, and what it may not.
 // UNSAFETY: mounts a file system of its own.
-#![allow(unsafe_code, reason = "for the mount")]
 
+#[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
 mod common;
 
 use std::time::Duration;
