@@ -4,6 +4,7 @@
 mod demo;
 mod packages;
 mod process;
+mod programs;
 mod suite;
 mod summary;
 mod temp;
@@ -33,6 +34,8 @@ enum Command {
     Test(suite::Options),
     /// Runs a real program under uhmm and shows what moved.
     Demo(demo::Options),
+    /// Runs real programs under uhmm and compares their results with those without.
+    Programs(programs::Options),
     /// What continuous integration calls: the same as `test`.
     Ci(suite::Options),
 }
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         Command::Tidy => tidy_command(),
         Command::Test(options) | Command::Ci(options) => suite::run(&options),
         Command::Demo(options) => demo::run(&options),
+        Command::Programs(options) => programs::run(&options),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,
