@@ -82,6 +82,8 @@ const BENCHES: &[Bench] = &[
     Bench { name: "folios", what: "uhmm: folios of 2 MiB out and home", run: engine::folios },
     Bench { name: "faults", what: "uhmm: a CPU touches pages that are away", run: engine::faults },
     Bench { name: "sequential", what: "uhmm: a CPU walks through pages that are away", run: engine::sequential },
+    Bench { name: "soft-device", what: "uhmm: the software device", run: engine::soft_device },
+    Bench { name: "soft-faults", what: "uhmm: a CPU touches what the software device holds", run: engine::soft_faults },
     Bench { name: "snapshot", what: "uhmm: what a mirror sees", run: engine::snapshots },
 ];
 

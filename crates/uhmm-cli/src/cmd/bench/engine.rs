@@ -2,16 +2,18 @@
 
 use anyhow::{Context, Result, ensure};
 use uhmm::{
-    MigrateOptions, Mirror, Mm,
-    addr::{BLOCK_PAGES, PAGE_SIZE, PageRange},
+    DeviceFaultPolicy, MigrateOptions, Mirror, Mm,
+    addr::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, PageRange},
     device::{CopyOp, Device, DeviceError, FrameRun, Invalidation, MemoryKind, MemorySpec},
     mm::Report,
     trace::Counter,
 };
+use uhmm_devices::soft::{SoftConfig, SoftDevice};
 use uhmm_sys::{
     area::{Area, PageSize},
     mem::Mapping,
     pagemap::{Page, Pagemap},
+    thread::Kind,
     uffd::{Features, RegisterMode, SrcHoles, Uffd, Wake},
 };
 
@@ -56,19 +58,34 @@ impl Device for Plain {
 }
 
 /// An engine with one device, and memory to move.
-struct Rig {
+struct Rig<D: Device> {
     mm: Mm,
-    mirror: Mirror<Plain>,
+    mirror: Mirror<D>,
     area: Area,
 }
 
-impl Rig {
+impl Rig<Plain> {
     fn new(pages: usize, size: PageSize) -> Result<Self> {
+        Self::with(Plain { memory: device_memory(pages)? }, pages, size)
+    }
+}
+
+impl Rig<SoftDevice> {
+    /// With the software device, which runs.
+    fn soft(pages: usize) -> Result<Self> {
+        let bytes = (pages as u64 * PAGE_SIZE).next_multiple_of(BLOCK_SIZE);
+        let rig = Self::with(SoftDevice::new(&SoftConfig::ram("bench", bytes))?, pages, PageSize::Small)?;
+        rig.mirror.device().start(rig.mirror.port().context("the device is gone")?, 0, Kind::Pthread)?;
+        Ok(rig)
+    }
+}
+
+impl<D: Device> Rig<D> {
+    fn with(device: D, pages: usize, size: PageSize) -> Result<Self> {
         let area = Area::new(pages, size)?;
         area.fill(stamp);
         let mm = Mm::open().context("starting the engine")?;
-        let memory = device_memory(pages)?;
-        let mirror = mm.register(Plain { memory }).context("registering a device")?;
+        let mirror = mm.register(device).context("registering a device")?;
         Ok(Self { mm, mirror, area })
     }
 
@@ -242,10 +259,17 @@ pub fn folios(effort: &Effort) -> Result<Vec<Row>> {
 const APART: usize = 16;
 
 pub fn faults(effort: &Effort) -> Result<Vec<Row>> {
+    faults_with(Rig::new(effort.faults * APART, PageSize::Small)?, effort, "uhmm", "fault-home")
+}
+
+pub fn soft_faults(effort: &Effort) -> Result<Vec<Row>> {
+    faults_with(Rig::soft(effort.faults * APART)?, effort, "uhmm and the software device", "soft-fault-home")
+}
+
+fn faults_with<D: Device>(rig: Rig<D>, effort: &Effort, who: &str, name: &str) -> Result<Vec<Row>> {
     let (cpu, _) = cpus();
     let on = [Some(cpu)];
     let bed = Bed::new(effort.faults, Waiting::Read, Putting::Copy)?;
-    let rig = Rig::new(effort.faults * APART, PageSize::Small)?;
     // Memory to recycle, as an engine has that has moved pages before.
     rig.out(rig.area.range())?;
     rig.home(rig.area.range())?;
@@ -271,18 +295,72 @@ pub fn faults(effort: &Effort) -> Result<Vec<Row>> {
     rig.close()?;
     let what = "bare handler, same CPU";
     Ok(vec![
-        Row::latency("fault-home", "uhmm, a fault on a page by itself", &own).against(
+        Row::latency(name, &format!("{who}, a fault on a page by itself"), &own).against(
             what,
             &own.p50,
             &bare.p50,
             Some(FAULT_BAR),
         ),
-        Row::latency("fault-home-around", "uhmm, a fault among pages that are all away", &around).against(
-            what,
-            &around.p50,
-            &bare.p50,
-            None,
+        Row::latency(&format!("{name}-around"), &format!("{who}, a fault among pages that are all away"), &around)
+            .against(what, &around.p50, &bare.p50, None),
+    ])
+}
+
+/// What the software device itself costs: out and home, and its own accesses.
+pub fn soft_device(effort: &Effort) -> Result<Vec<Row>> {
+    let pages = effort.pages;
+    let (plain, target) = (small(pages)?, device_memory(pages)?);
+    let rig = Rig::soft(pages)?;
+    let mut lane = rig.mirror.device().lane().context("a lane")?;
+    let (mut copy, mut out, mut home) = (Samples::default(), Samples::default(), Samples::default());
+    let (mut hit, mut missed) = (Samples::default(), Samples::default());
+    for round in 0..effort.rounds + 1 {
+        let copied = timed(|| memcpy(&plain, &target));
+        let went = try_timed(|| rig.out(rig.area.range()))?;
+        let mut load = |page: usize| {
+            let n = lane.load_u64(rig.area.range().page(page))?;
+            ensure!(n == stamp(page), "the device finds other bytes on page {page}");
+            Ok(())
+        };
+        // Once before: the device's own table and memory are then in the CPU's.
+        (0..pages).try_for_each(&mut load)?;
+        let loaded = try_timed(|| (0..pages).try_for_each(&mut load))?;
+        let came = try_timed(|| rig.home(rig.area.range()))?;
+        lane.set_fault_policy(DeviceFaultPolicy::Map);
+        let faulted = try_timed(|| {
+            (0..effort.faults).try_for_each(|n| {
+                let page = n * (pages / effort.faults);
+                let found = lane.load_u64(rig.area.range().page(page))?;
+                ensure!(found == stamp(page), "the device finds other bytes on page {page}");
+                Ok(())
+            })
+        })?;
+        lane.set_fault_policy(DeviceFaultPolicy::Migrate);
+        if round > 0 {
+            copy.push(SPEED.of(pages, copied));
+            out.push(SPEED.of(pages, went));
+            home.push(SPEED.of(pages, came));
+            hit.push(Unit::Nanos.of(pages, loaded));
+            missed.push(Unit::Micros.of(effort.faults, faulted));
+        }
+    }
+    drop(lane);
+    rig.close()?;
+    Ok(vec![
+        Row::new("soft-out-4k", "uhmm and the software device, pages of 4 KiB out", SPEED, &out).against(
+            "memcpy",
+            &out,
+            &copy,
+            Some(BANDWIDTH_BAR),
         ),
+        Row::new("soft-home-4k", "uhmm and the software device, pages of 4 KiB home", SPEED, &home).against(
+            "memcpy",
+            &home,
+            &copy,
+            Some(BANDWIDTH_BAR),
+        ),
+        Row::new("soft-load", "the software device loads from a frame, another page each time", Unit::Nanos, &hit),
+        Row::new("soft-fault", "the software device faults on a page that stays in host memory", Unit::Micros, &missed),
     ])
 }
 
