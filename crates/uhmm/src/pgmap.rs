@@ -75,8 +75,8 @@ const CLOSED: u64 = 1 << 63;
 
 /// How many partly used chunks a run may look at before it takes the best.
 const RUN_LOOKS: u32 = 4;
-/// Every so many failures the state words themselves are searched.
-const MISSES_PER_SEARCH: u64 = 64;
+/// Every so many failures to find a free chunk the state words themselves are searched.
+const MISSES_PER_SEARCH: u64 = 1024;
 /// How long a split waits for another process that splits the same unit, before it takes it for dead.
 const SPLIT_LIMIT: Duration = Duration::from_millis(500);
 
