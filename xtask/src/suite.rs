@@ -61,6 +61,7 @@ const STEPS: &[Step] = &[
     Step { name: "loom", applies: full, run: loom },
     Step { name: "tests without UFFDIO_MOVE", applies: |o| o.no_move || !o.quick, run: tests_without_move },
     Step { name: "tests as nobody", applies: full, run: tests_as_nobody },
+    Step { name: "real programs", applies: full, run: real_programs },
     Step { name: "nothing left behind", applies: always, run: nothing_left_behind },
 ];
 
@@ -246,6 +247,11 @@ fn loom(setting: &Setting, log: &Path) -> Result<Verdict> {
         }
     }
     Ok(if found == 0 { Verdict::Skipped("no tests/loom_*.rs".to_owned()) } else { Verdict::Ok })
+}
+
+/// `cargo xtask programs`, as a process of its own: its output is the log.
+fn real_programs(_: &Setting, log: &Path) -> Result<Verdict> {
+    logged(Command::new(std::env::current_exe()?).arg("programs"), log, minutes(20))
 }
 
 /// A test binary and the directory that its tests expect to run in.

@@ -53,6 +53,8 @@ pub fn read(log: &str) -> Summary {
             counts.skipped += skipped_here;
             summary.counts += counts;
             (current, skipped_here) = (None, 0);
+        } else if let Some(counts) = closing_line(line) {
+            summary.counts += counts;
         } else if line == "failures:" || line == "successes:" {
             current = None;
         } else if line.get(..4).is_some_and(|word| word.eq_ignore_ascii_case("skip")) {
@@ -64,6 +66,13 @@ pub fn read(log: &str) -> Summary {
         }
     }
     summary
+}
+
+/// `3 passed, 0 failed, 1 skipped`
+fn closing_line(line: &str) -> Option<Counts> {
+    let mut parts = line.split(", ");
+    let mut count = |word: &str| parts.next()?.strip_suffix(word)?.trim().parse().ok();
+    Some(Counts { passed: count("passed")?, failed: count("failed")?, skipped: count("skipped")? })
 }
 
 /// `ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s`

@@ -1,4 +1,7 @@
 //! The engine on this kernel, with the plainest device there is.
+//
+// UNSAFETY: the tests make, change and watch memory by raw system calls and pointers.
+
 #![allow(unsafe_code, reason = "tests make the memory that they then watch")]
 
 mod common;

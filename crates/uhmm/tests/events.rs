@@ -1,6 +1,9 @@
 //! What a program does to memory that is away: it must look as if the memory had been there.
 //!
 //! Everything is done by libc and by bare system calls, on small and on huge pages.
+//
+// UNSAFETY: the tests make, change and watch memory by raw system calls and pointers.
+
 #![allow(unsafe_code, reason = "tests make the memory that they then watch")]
 
 mod common;

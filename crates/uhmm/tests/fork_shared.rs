@@ -1,4 +1,7 @@
 //! Forks that share frames: the child takes its memory over, on an engine of its own.
+//
+// UNSAFETY: the tests make, change and watch memory by raw system calls and pointers.
+
 #![allow(unsafe_code, reason = "tests make the memory that they then watch")]
 
 mod common;

@@ -1,4 +1,7 @@
 //! Processes that come out of one with pages away: fork by libc and by the bare system call, vfork, spawn, exec, exit.
+//
+// UNSAFETY: the tests make, change and watch memory by raw system calls and pointers.
+
 #![allow(unsafe_code, reason = "tests make the memory that they then watch")]
 
 mod common;

@@ -1,4 +1,7 @@
 //! What kinds of memory move, and what is said of the ones that stay. Whatever the answer, the bytes are the same.
+//
+// UNSAFETY: the tests make, change and watch memory by raw system calls and pointers.
+
 #![allow(unsafe_code, reason = "tests make the memory that they then watch")]
 
 mod common;

@@ -1,5 +1,7 @@
 //! What the tests of the engine on the real kernel are made of: an address space or the reason to skip, areas of memory
 //! whose every page says what it is, and the system calls that change them.
+//
+// UNSAFETY: the tests make, change and watch memory by raw system calls and pointers.
 
 use std::{
     ops::Range,

@@ -1,4 +1,7 @@
 //! What the engine's tests share: the plainest device, and memory to watch.
+//
+// UNSAFETY: the tests make, change and watch memory by raw system calls and pointers.
+
 #![allow(dead_code, reason = "not every test file uses all of it")]
 #![allow(unsafe_code, reason = "tests make the memory that they then watch")]
 
