@@ -239,9 +239,11 @@ impl Lane {
                 | PageOutcome::ExclusiveElsewhere
                 | PageOutcome::TimedOut => {}
                 outcome => {
-                    // Where the mapping is to blame the fault says so.
+                    // Where the mapping is to blame the fault says so; else it was a moment ago.
                     self.port.fault(addr, Access::Write, DeviceFaultPolicy::Map)?;
-                    return Err(AccessError::NotExclusive { addr: page, outcome });
+                    if !matches!(outcome, PageOutcome::NoAccess | PageOutcome::Unmapped) {
+                        return Err(AccessError::NotExclusive { addr: page, outcome });
+                    }
                 }
             }
         }
