@@ -254,13 +254,12 @@ impl<O: Os> Core<O> {
     }
 
     pub(crate) fn thaw(&self) {
-        self.sharing.store(false, SeqCst);
         self.frozen.fetch_sub(1, SeqCst);
     }
 
-    /// Says that the child of the fork under way will take its memory over; until [`Core::thaw`].
-    pub(crate) fn share(&self) {
-        self.sharing.store(true, SeqCst);
+    /// Says whether the child of the fork under way will take its memory over.
+    pub(crate) fn share(&self, sharing: bool) {
+        self.sharing.store(sharing, SeqCst);
     }
 
     /// Whether the child of the fork under way takes its memory over.

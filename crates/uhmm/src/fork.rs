@@ -136,6 +136,7 @@ extern "C" fn parent() {
     match under_way {
         Some((core, Sharing::Shared)) => {
             end_fork(core);
+            core.share(false);
             if failed == 0 {
                 // Not a job: the movers may all be waiting for just this.
                 core.thaw();
@@ -252,7 +253,7 @@ impl<O: Os> Core<O> {
         if sharing == Sharing::Home {
             return self.range_home(ctx, whole_space(), Why::Fork, &mut |_, _| {});
         }
-        self.share();
+        self.share(true);
         // No device may write to a frame that the child will have too.
         drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Fork, owner: None }));
         self.blocks.for_each(whole_space(), |block| {

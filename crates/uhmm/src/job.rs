@@ -24,6 +24,8 @@ use crate::{
     migrate::Plan,
     mirror::{DeviceFaultPolicy, FaultError},
     mm::{Role, Threads},
+    notifier::{InsertError, IntervalOps, Subscription},
+    sync::TimedOut,
     trace::Why,
 };
 
@@ -53,6 +55,10 @@ pub(crate) enum Request {
     Exclusive { device: DeviceId, range: PageRange },
     /// Give up all translations of a range because the program is about to change its mapping.
     Invalidate { range: PageRange, cause: crate::device::Cause },
+    /// Subscribe to the invalidations of a range.
+    Subscribe { range: PageRange, ops: OpsRef },
+    /// End a subscription.
+    Unsubscribe { subscription: &'static Subscription },
     /// Bring everything home and unregister the range.
     Release { range: PageRange },
     /// Register each mapping as a whole.
@@ -79,6 +85,16 @@ impl std::fmt::Debug for DeviceRef {
     }
 }
 
+/// A notifier's callbacks on their way into the table.
+#[derive(Clone, Copy)]
+pub(crate) struct OpsRef(pub(crate) &'static dyn IntervalOps);
+
+impl std::fmt::Debug for OpsRef {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OpsRef")
+    }
+}
+
 /// What is answered.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Reply {
@@ -88,6 +104,12 @@ pub(crate) enum Reply {
     At(VirtAddr),
     /// A device was registered.
     Registered(DeviceId),
+    /// A subscription was made.
+    Subscribed(&'static Subscription),
+    /// A subscription was refused.
+    NotSubscribed(InsertError),
+    /// A wait had no end within its limit.
+    TimedOut(TimedOut),
     /// There are too many devices.
     TooManyDevices,
     /// How many pages did not come home.

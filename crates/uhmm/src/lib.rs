@@ -26,10 +26,12 @@ pub mod policy;
 pub mod reclaim;
 pub mod session;
 mod staging;
+pub mod still;
 pub mod stress;
 pub mod sync;
 mod thread;
 pub mod trace;
+pub mod watch;
 
 pub use uhmm_sys::addr;
 

@@ -165,7 +165,7 @@ fn process() -> &'static Process {
 /// A handle on the address space.
 #[derive(Debug)]
 pub struct Mm {
-    core: &'static Core<LinuxMm>,
+    pub(crate) core: &'static Core<LinuxMm>,
 }
 
 /// Where a page is, since when, and why.

@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 
 use uhmm_sys::{
     addr::{BLOCK_PAGES, PageRange, TASK_SIZE, VirtAddr},
+    arena,
     maps::Prot,
 };
 
@@ -14,6 +15,7 @@ use crate::{
     engine::Core,
     job::{DeviceRef, Job, Reply, Request},
     migrate::{Outcomes, PageOutcome},
+    notifier::Ops,
     os::Os,
     page_set::PageSet,
     thread::Ctx,
@@ -79,6 +81,13 @@ impl<O: Os> Core<O> {
             Request::Invalidate { range, cause } => {
                 drop(self.invalidate(&Invalidation { range, cause, owner: None }));
                 Reply::Done
+            }
+            Request::Subscribe { range, ops } => match self.notifiers.insert(range, Ops::Static(ops.0)) {
+                Ok(subscription) => arena::value(subscription).map_or_else(Reply::Failed, Reply::Subscribed),
+                Err(error) => Reply::NotSubscribed(error),
+            },
+            Request::Unsubscribe { subscription } => {
+                self.notifiers.remove(subscription).map_or_else(Reply::TimedOut, |()| Reply::Done)
             }
             Request::Release { range } => Reply::Left(usize::from(!self.release_range(ctx, range))),
             Request::Unsplit { range } => {
