@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code, reason = "tests make the memory that they then watch")]
 
+#[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
 mod common;
 
 use std::{

@@ -4,6 +4,7 @@
 
 #![allow(unsafe_code, reason = "tests make the memory that they then watch")]
 
+#[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
 mod common;
 
 use std::{
@@ -213,7 +214,7 @@ fn executable_memory_moves() {
             let area = Area::filled(shape, 1, 1);
             assert_eq!(Via::Libc.mprotect(area.start, area.len(), RW | libc::PROT_EXEC), 0);
             // mov eax, 42; ret
-            poke(area.page(7), 0x00c3_0000_002a_b8);
+            poke(area.page(7), 0x0000_c300_0000_2ab8);
             world.send(&area);
             // SAFETY: the bytes written there are a function of this type.
             let f = unsafe { std::mem::transmute::<*mut u8, extern "C" fn() -> i32>(pointer(area.page(7))) };

@@ -3,6 +3,7 @@
 // UNSAFETY: the tests make, change and watch memory by raw system calls and pointers.
 #![allow(unsafe_code, reason = "tests make the memory that they then watch")]
 
+#[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
 mod common;
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};

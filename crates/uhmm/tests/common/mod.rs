@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "tests make the memory that they then watch")]
 
 pub mod kit;
+pub mod watcher;
 
 use std::ptr;
 
