@@ -332,9 +332,9 @@ fn a_full_disk_loses_nothing() {
     });
 }
 
-/// A file system of 8 MiB that only this process sees.
+/// A file system of 8 MiB that only this process sees, over the directory for temporary files: so nothing is left behind.
 fn small_file_system() -> Option<std::path::PathBuf> {
-    let dir = std::env::temp_dir().join(format!("uhmm-soft-{}", std::process::id()));
+    let dir = std::env::temp_dir();
     // SAFETY: changes what this process, a test of its own, sees of the file systems.
     if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
         return None;
@@ -342,12 +342,10 @@ fn small_file_system() -> Option<std::path::PathBuf> {
     let private = libc::MS_REC | libc::MS_PRIVATE;
     // SAFETY: names that end in NUL; changes the own namespace only.
     let alone = unsafe { libc::mount(c"none".as_ptr(), c"/".as_ptr(), std::ptr::null(), private, std::ptr::null()) };
-    std::fs::create_dir(&dir).ok()?;
     let target = std::ffi::CString::new(dir.as_os_str().as_encoded_bytes()).ok()?;
     let kind = c"tmpfs".as_ptr();
     // SAFETY: as above.
     let mounted = unsafe { libc::mount(kind, target.as_ptr(), kind, 0, c"size=8m".as_ptr().cast()) };
-    // The directory under the mount is seen by others; the mount hides it here.
     (alone == 0 && mounted == 0).then_some(dir)
 }
 
