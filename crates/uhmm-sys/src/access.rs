@@ -173,8 +173,8 @@ impl UnwaitingReader {
 /// Faults the pages of `range` in for reading, as a load would.
 ///
 /// # Errors
-/// `ENOMEM`: part of it is not mapped, or no memory. `EFAULT`: a page that a touch would answer with `SIGBUS`, or
-/// protection. `EINVAL`: a kernel before 5.14, or a mapping of the wrong kind. `EHWPOISON`.
+/// `ENOMEM`: part of it is not mapped, or no memory. `EFAULT`: a page that a touch would answer with `SIGBUS`. `EINVAL`:
+/// protection, a mapping of the wrong kind, or a kernel before 5.14. `EHWPOISON`.
 ///
 /// # Kernel
 /// `madvise(2)` with `MADV_POPULATE_READ`.

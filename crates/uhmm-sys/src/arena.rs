@@ -20,7 +20,7 @@
 //! recycles what it handed out.
 //!
 //! # Locking
-//! One spin lock, held for a few instructions and at most one `mprotect`. Nothing is called out to while it is held. Every
+//! One short lock, held for a few instructions and at most one `mprotect`. Nothing is called out to while it is held. Every
 //! change of state is one store, made last, so that a forked child finds a consistent arena whatever its parent's
 //! other threads were at; the child opens the lock with [`reset_lock_after_fork`].
 // UNSAFETY: hands out references into memory that it maps itself.
@@ -33,8 +33,8 @@ use std::sync::atomic::{
 use crate::{
     Errno,
     addr::{BLOCK_SIZE, PAGE_SIZE, PageRange, VirtAddr},
+    lock::Lock,
     raw,
-    spin::SpinLock,
 };
 
 pub use crate::heap::PrivateAlloc;
@@ -53,7 +53,7 @@ const LINE: u64 = 64;
 /// With `base != 0`: `base..base + size` is reserved for ever, `base <= low <= low_committed <= high_committed <= high
 /// <= base + size`, and both `base..low_committed` and `high_committed..base + size` are readable and writable.
 struct Arena {
-    lock: SpinLock,
+    lock: Lock,
     /// Zero until the reservation exists. Stored last, with release.
     base: AtomicU64,
     size: AtomicU64,
@@ -64,7 +64,7 @@ struct Arena {
 }
 
 static ARENA: Arena = Arena {
-    lock: SpinLock::new(),
+    lock: Lock::new(),
     base: AtomicU64::new(0),
     size: AtomicU64::new(0),
     low: AtomicU64::new(0),

@@ -10,7 +10,7 @@
 //! pieces return their pages to the kernel.
 //!
 //! # Locking
-//! One spin lock around each list operation and (for a new piece) the arena's. No signal handler may allocate here.
+//! One short lock around each list operation and (for a new piece) the arena's. No signal handler may allocate here.
 // UNSAFETY: implements `GlobalAlloc`, whose callers get raw memory.
 
 use std::{
@@ -24,8 +24,9 @@ use std::{
 
 use crate::{
     addr::{PAGE_SIZE, PageRange, VirtAddr},
-    arena, raw,
-    spin::SpinLock,
+    arena,
+    lock::Lock,
+    raw,
 };
 
 /// Piece sizes below a page. All are multiples of 16; for larger alignments a class that is a multiple is chosen.
@@ -75,7 +76,7 @@ impl List {
 }
 
 struct Heap {
-    lock: SpinLock,
+    lock: Lock,
     small: [List; SMALL.len()],
     /// The rest of the span that each small class cuts from, packed as the address of its next piece; a span is
     /// aligned to its size, so the end follows from the address. Zero: no span.
@@ -85,7 +86,7 @@ struct Heap {
 }
 
 static HEAP: Heap = Heap {
-    lock: SpinLock::new(),
+    lock: Lock::new(),
     small: [const { List::new() }; SMALL.len()],
     cut: [const { AtomicU64::new(0) }; SMALL.len()],
     runs: [const { List::new() }; RUNS],

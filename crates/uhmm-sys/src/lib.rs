@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! addr              addresses and ranges as types
-//! arena, heap, spin the engine's own memory
+//! arena, heap, lock the engine's own memory
 //! mem               untyped memory: staging bytes, device memory, shared control data
 //! uffd              userfaultfd
 //! pagemap, maps     what the page tables and the map of the process say
@@ -31,13 +31,14 @@ pub mod fork;
 pub mod futex;
 mod heap;
 pub mod limits;
+mod lock;
 pub mod maps;
 pub mod mem;
 pub mod pagemap;
 pub mod probe;
 mod raw;
 pub mod signal;
-mod spin;
+pub mod space;
 pub mod thread;
 mod tls;
 pub mod uffd;

@@ -200,12 +200,6 @@ pub(crate) unsafe fn madvise(range: PageRange, advice: i32) -> Result<(), Errno>
     unsafe { syscall(libc::SYS_madvise, [range.start().get(), range.bytes(), arg(advice)]) }.map(drop)
 }
 
-/// Lets another thread run: `sched_yield(2)`.
-pub(crate) fn yield_now() {
-    // SAFETY: the call takes no arguments and touches no memory.
-    let _ = unsafe { syscall(libc::SYS_sched_yield, []) };
-}
-
 /// The process's id: `getpid(2)`, never cached, so that it is right in a forked child.
 pub(crate) fn getpid() -> u32 {
     // SAFETY: the call takes no arguments and touches no memory.

@@ -313,6 +313,7 @@ fn messages_tell_of_remap_remove_and_unmap() {
         }
         dropper.join().unwrap();
 
+        home.forget(home.range);
         let mover = scope.spawn(move || {
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
             // SAFETY: moves a mapping of the test's over another of the test's.

@@ -5,14 +5,17 @@
 use std::{
     io,
     ptr::{null_mut, with_exposed_provenance_mut},
+    sync::Mutex,
 };
 
 use uhmm_sys::addr::{PAGE_SIZE, PageRange, VirtAddr};
 
-/// A mapping that is there as long as the value, in parts that a test may have unmapped or moved before.
+/// A mapping that is there as long as the value. Parts that a test unmaps or moves away are remembered: unmapping them
+/// again could hit another thread's memory.
 #[derive(Debug)]
 pub struct Map {
     pub range: PageRange,
+    gone: Mutex<Vec<PageRange>>,
 }
 
 pub const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
@@ -39,7 +42,7 @@ impl Map {
         big.unmap(0, (start - big.range.start().get()) / PAGE_SIZE);
         big.unmap((end - big.range.start().get()) / PAGE_SIZE, (big_end - end) / PAGE_SIZE);
         std::mem::forget(big);
-        Self { range: PageRange::new(VirtAddr::new(start), blocks * block).unwrap() }
+        Self::of(PageRange::new(VirtAddr::new(start), blocks * block).unwrap())
     }
 
     pub fn new(len: u64, prot: i32, flags: i32, fd: i32) -> Self {
@@ -47,7 +50,11 @@ impl Map {
         // SAFETY: a new mapping at addresses that nobody uses.
         let addr = unsafe { libc::mmap(null_mut(), len_usize, prot, flags, fd, 0) };
         assert_ne!(addr, libc::MAP_FAILED, "mmap: {}", io::Error::last_os_error());
-        Self { range: PageRange::new(VirtAddr::of(addr), len).unwrap() }
+        Self::of(PageRange::new(VirtAddr::of(addr), len).unwrap())
+    }
+
+    fn of(range: PageRange) -> Self {
+        Self { range, gone: Mutex::new(Vec::new()) }
     }
 
     pub fn start(&self) -> VirtAddr {
@@ -107,17 +114,39 @@ impl Map {
         if count == 0 {
             return;
         }
-        let start = self.range.start().add(first * PAGE_SIZE);
-        let len = usize::try_from(count * PAGE_SIZE).unwrap();
-        // SAFETY: the test owns the mapping and borrows nothing of it.
-        check(unsafe { libc::munmap(ptr(start).cast(), len) }).unwrap();
+        let range = PageRange::new(self.range.start().add(first * PAGE_SIZE), count * PAGE_SIZE).unwrap();
+        // Before the call, after which the addresses may be anybody's.
+        self.forget(range);
+        unmap(range);
+    }
+
+    /// Takes note that `range` is not the value's any more.
+    pub fn forget(&self, range: PageRange) {
+        self.gone.lock().unwrap().push(range);
     }
 }
 
 impl Drop for Map {
     fn drop(&mut self) {
-        self.unmap(0, self.range.pages() as u64);
+        let gone = self.gone.get_mut().unwrap();
+        let mut at = self.range.start();
+        gone.sort_by_key(|range| range.start());
+        for range in gone.iter() {
+            if let Ok(kept) = PageRange::from_ends(at, range.start()) {
+                unmap(kept);
+            }
+            at = range.end();
+        }
+        if let Ok(kept) = PageRange::from_ends(at, self.range.end()) {
+            unmap(kept);
+        }
     }
+}
+
+fn unmap(range: PageRange) {
+    let len = usize::try_from(range.bytes()).unwrap();
+    // SAFETY: the caller's mapping, which nothing borrows.
+    check(unsafe { libc::munmap(ptr(range.start()).cast(), len) }).unwrap();
 }
 
 pub fn ptr(addr: VirtAddr) -> *mut u8 {
