@@ -189,6 +189,8 @@ impl IntervalOps for TableSink {
 
 /// How long an operation tries while the address space keeps changing under it.
 const BUDGET: Duration = Duration::from_secs(1);
+/// How often pages are tried to be faulted in where faults of system calls are not served.
+const POPULATE_ATTEMPTS: u32 = 64;
 
 impl<O: Os> Core<O> {
     /// `words` are those of the pgmap in the parent, where this is a forked child.
@@ -299,11 +301,7 @@ impl<O: Os> Core<O> {
                     continue;
                 }
                 None => {
-                    let populated = match access {
-                        Access::Read => self.os.populate_read(page),
-                        Access::Write | Access::Atomic => self.os.populate_write(page),
-                    };
-                    match populated {
+                    match self.populate_pages(ctx, page, access) {
                         Ok(()) => Pte::host(access),
                         Err(Errno::NOMEM) => return Err(FaultError::NoVma { addr }),
                         Err(Errno::FAULT | Errno::ACCESS) => return Err(FaultError::Denied { addr }),
@@ -383,22 +381,46 @@ impl<O: Os> Core<O> {
                 self.block_home(ctx, block, &foreign, Why::DeviceFault, &mut |_, _| {});
                 let here: PageSet = PageSet::of(piece).iter().filter(|&i| block.word(i).is_cpu()).collect();
                 for run in here.runs() {
-                    self.populate(block.run(run), access)?;
+                    self.populate(ctx, block.run(run), access)?;
                 }
             } else {
-                self.populate(piece, access)?;
+                self.populate(ctx, piece, access)?;
             }
             at = piece.end();
         }
         Ok(())
     }
 
-    fn populate(&self, range: PageRange, access: Access) -> Result<(), FaultError> {
+    /// Faults pages of one block in.
+    fn populate_pages(&'static self, ctx: &mut Ctx, range: PageRange, access: Access) -> Result<(), Errno> {
+        let mut attempt = 0;
+        loop {
+            let populated = match access {
+                Access::Read => self.os.populate_read(range),
+                Access::Write | Access::Atomic => self.os.populate_write(range),
+            };
+            let block = self.blocks.find(range.start());
+            let (Err(Errno::FAULT), Some(block)) = (populated, block) else { return populated };
+            if self.os.serves_kernel_faults() || attempt == POPULATE_ATTEMPTS {
+                return populated;
+            }
+            if PageSet::of(range).iter().any(|i| !block.word(i).is_cpu()) {
+                // Gone meanwhile: the caller looks again.
+                return Err(Errno::AGAIN);
+            }
+            // The kernel asks no handler for a page that a system call touches. So holes of registered memory are filled
+            // as a handler would.
+            for i in PageSet::of(range).iter().filter(|&i| block.word(i).is_cpu()) {
+                let _ = self.fill_hole(ctx, block, i);
+            }
+            self.settle_events(ctx, attempt);
+            attempt += 1;
+        }
+    }
+
+    fn populate(&'static self, ctx: &mut Ctx, range: PageRange, access: Access) -> Result<(), FaultError> {
         let addr = range.start();
-        let populated = match access {
-            Access::Read => self.os.populate_read(range),
-            Access::Write | Access::Atomic => self.os.populate_write(range),
-        };
+        let populated = self.populate_pages(ctx, range, access);
         populated.map_err(|errno| match errno {
             Errno::NOMEM => FaultError::NoVma { addr },
             Errno::FAULT | Errno::ACCESS => FaultError::Denied { addr },
@@ -528,7 +550,7 @@ impl<O: Os> Core<O> {
                 // Another device's, exclusive or not, comes home, which tells that device.
                 self.block_home(ctx, block, &PageSet::of(piece), Why::Exclusive, &mut |_, _| {});
             }
-            self.populate(piece, Access::Write)?;
+            self.populate(ctx, piece, Access::Write)?;
             at = piece.end();
         }
         Ok(())
