@@ -203,7 +203,8 @@ impl<O: Os> Core<O> {
         } else {
             self.stats.add(Counter::Forks, 1);
         }
-        let whole = PageRange::new(VirtAddr::new(0), uhmm_sys::addr::TASK_SIZE).expect("the user address space");
+        let whole = crate::ops::whole_space();
+        drop(self.invalidate(&Invalidation { range: whole, cause: Cause::Fork, owner: None }));
         self.blocks.for_each(whole, |block| {
             // A page that is held may be gone from the program, and not yet count as away (see `freeze`).
             let away = self.away(block).or(&block.held());

@@ -7,6 +7,7 @@
 use uhmm_sys::{
     Errno,
     addr::{BLOCK_PAGES, PAGE_SIZE, PageRange, VirtAddr},
+    maps::Prot,
     uffd::{RegisterMode, Wake},
 };
 
@@ -64,8 +65,9 @@ impl<O: Os> Core<O> {
                     }
                 }
                 Place::Poisoned { .. } => {
-                    let _ = self.os.poison(page);
-                    return self.os.wake(page);
+                    if self.poison(page) != Some(Errno::AGAIN) {
+                        return self.os.wake(page);
+                    }
                 }
                 Place::Staged { .. } | Place::Device { .. } => {
                     let window = policy::fault_window(block.policy(), i, |n| !block.word(n).is_cpu());
@@ -90,13 +92,42 @@ impl<O: Os> Core<O> {
         self.os.wake(page);
     }
 
+    /// Makes a touch of the page a signal: its bytes are lost. Returns why it is not so yet, if the kernel refused.
+    fn poison(&self, page: PageRange) -> Option<Errno> {
+        match self.os.poison(page).stop {
+            None | Some(Errno::EXIST) => None,
+            Some(Errno::AGAIN) => Some(Errno::AGAIN),
+            // A kernel without poison: no access is the next best.
+            Some(_) => self.os.protect(page, Prot::empty()).err(),
+        }
+    }
+
+    /// Poisons every page whose bytes are lost in the page table too, so that a forked child does not find a hole there.
+    pub(crate) fn poison_all(&'static self, ctx: &mut Ctx) {
+        self.blocks.for_each(crate::ops::whole_space(), |block| {
+            if block.away() != 0 {
+                for i in self.away(block).iter() {
+                    let page = block.run(Run { first: i, count: 1 });
+                    for attempt in 0..ATTEMPTS {
+                        let lost = matches!(block.word(i).place(), Place::Poisoned { .. });
+                        if !lost || self.poison(page) != Some(Errno::AGAIN) {
+                            break;
+                        }
+                        self.settle_events(ctx, attempt);
+                    }
+                }
+            }
+            std::ops::ControlFlow::Continue(())
+        });
+    }
+
     /// The pages of `block` that are away.
     pub(crate) fn away(&self, block: Block) -> PageSet {
         (0..BLOCK_PAGES).filter(|&i| !block.word(i).is_cpu()).collect()
     }
 
     /// Fills a page that was never touched (or was discarded). Returns whether the thread is taken care of.
-    fn fill_hole(&'static self, ctx: &mut Ctx, block: Block, i: usize) -> bool {
+    pub(crate) fn fill_hole(&'static self, ctx: &mut Ctx, block: Block, i: usize) -> bool {
         let page = block.run(Run { first: i, count: 1 });
         if block.away() == 0 && self.release_block(ctx, block) {
             self.os.wake(page);

@@ -251,7 +251,11 @@ impl<O: Os> Core<O> {
         self.homecomings.begin();
         self.freeze();
         if sharing == Sharing::Home {
-            return self.range_home(ctx, whole_space(), Why::Fork, &mut |_, _| {});
+            self.range_home(ctx, whole_space(), Why::Fork, &mut |_, _| {});
+            self.poison_all(ctx);
+            // What stays in host memory belongs to the child too: devices ask anew what they may do to it.
+            drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Fork, owner: None }));
+            return;
         }
         self.share(true);
         // No device may write to a frame that the child will have too.

@@ -218,6 +218,10 @@ impl<O: Os> Core<O> {
                         out.failed.insert(i);
                     }
                 }
+                if error == DeviceError::Lost {
+                    // So that the device can go: nothing of it is needed any more.
+                    self.free_frames(device, frames);
+                }
                 self.return_home_slots(ctx, slots, 0);
                 continue;
             }

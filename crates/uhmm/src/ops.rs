@@ -1,6 +1,9 @@
 //! What engine threads do on request: whole ranges, block by block.
 
-use std::ops::ControlFlow;
+use std::{
+    ops::ControlFlow,
+    time::{Duration, Instant},
+};
 
 use uhmm_sys::{
     addr::{BLOCK_PAGES, PageRange, TASK_SIZE, VirtAddr},
@@ -22,8 +25,11 @@ use crate::{
     trace::Why,
 };
 
-/// How often the pages of a block are asked home again while they are in transit elsewhere.
-const HOME_ATTEMPTS: u32 = 20_000;
+/// How long the pages of a block are asked home again while none of them comes: in transit elsewhere, or on a device
+/// that fails.
+const HOME_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a device that leaves is waited for: operations that began before it left still finish.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
 
 impl<O: Os> Core<O> {
     pub(crate) fn execute(&'static self, ctx: &mut Ctx, job: &Job, request: Request) -> Reply {
@@ -141,11 +147,18 @@ impl<O: Os> Core<O> {
     ) {
         let mut rest = self.away(block).and(want);
         let mut forced = false;
-        for attempt in 0..HOME_ATTEMPTS {
+        let mut progress = Instant::now();
+        for attempt in 0.. {
             if rest.is_empty() {
                 return;
             }
+            if progress.elapsed() > HOME_PATIENCE {
+                break;
+            }
             let out = self.bring_home(ctx, block, &rest, |_| why);
+            if !out.home.is_empty() {
+                progress = Instant::now();
+            }
             for (pages, outcome) in [(out.home, PageOutcome::Moved), (out.poisoned, PageOutcome::Poisoned)] {
                 pages.iter().for_each(|i| report(block.page(i), outcome));
                 rest = rest.minus(&pages);
@@ -163,7 +176,7 @@ impl<O: Os> Core<O> {
             if out.again {
                 self.settle_events(ctx, attempt);
             } else if !out.busy.is_empty() || !out.failed.is_empty() {
-                std::thread::sleep(std::time::Duration::from_micros(50));
+                std::thread::sleep(Duration::from_micros(50));
             }
         }
         rest.iter().for_each(|i| report(block.page(i), PageOutcome::TimedOut));
@@ -266,7 +279,13 @@ impl<O: Os> Core<O> {
             }
             ControlFlow::Continue(())
         });
-        let left = self.evict(ctx, device, u32::MAX, Why::Evicted);
+        let start = Instant::now();
+        let mut left = self.evict(ctx, device, u32::MAX, Why::Evicted);
+        while left != 0 && start.elapsed() < LEAVE_PATIENCE {
+            // A move that had its frames before the device left.
+            std::thread::sleep(Duration::from_micros(100));
+            left = self.evict(ctx, device, u32::MAX, Why::Evicted);
+        }
         if left == 0 {
             drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Release, owner: None }));
             self.drop_entry(entry);
@@ -280,6 +299,8 @@ impl<O: Os> Core<O> {
         self.freeze();
         let whole = whole_space();
         self.range_home(ctx, whole, Why::Asked, &mut |_, _| {});
+        // What the program has just unmapped does not count, though its event may still be in somebody's hands.
+        self.settle_events(ctx, 0);
         let left = self.count_away(whole);
         if left == 0 {
             self.blocks.for_each(whole, |block| {
