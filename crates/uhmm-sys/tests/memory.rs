@@ -241,7 +241,7 @@ fn stress(seed: u64, rounds: usize) {
 fn the_private_heap_never_overlaps_or_forgets() {
     thread::scope(|scope| {
         for seed in 1..=4 {
-            scope.spawn(move || stress(seed * 0x9e37_79b9, 8000));
+            scope.spawn(move || stress(seed * 0x9e37_79b9, 4000));
         }
     });
 }
