@@ -231,29 +231,42 @@ impl<O: Os> Core<O> {
         let Some(entry) = self.devices.get(device) else { return 0 };
         let Some(pgmap) = entry.pgmap() else { return 0 };
         let target = pgmap.live().saturating_sub(frames);
+        let mut stuck = Stuck::default();
         let mut at = crate::device::DevPfn::new(0);
-        while pgmap.live() > target {
+        while pgmap.live() > target && !stuck.is_hopeless() {
             let Some(pfn) = pgmap.next_live(at) else { break };
             at = pfn.add(1);
             if let Some(page) = pgmap.hint(pfn)
                 && let Some(block) = self.blocks.find(page)
                 && matches!(block.word(page.page_in_block()).place(), Place::Device { device: d, pfn: p } if d == device && p == pfn)
             {
-                let mine = self.pages_on(block, device);
-                self.block_home(ctx, block, &mine, why, &mut |_, _| {});
+                self.evict_block(ctx, block, device, why, &mut stuck);
             }
         }
         if pgmap.live() > target {
             // Hints that led nowhere (the page moved with `mremap`): look through all blocks.
             self.blocks.for_each(whole_space(), |block| {
-                let mine = self.pages_on(block, device);
-                if !mine.is_empty() {
-                    self.block_home(ctx, block, &mine, why, &mut |_, _| {});
-                }
-                if pgmap.live() > target { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+                self.evict_block(ctx, block, device, why, &mut stuck);
+                let go_on = pgmap.live() > target && !stuck.is_hopeless();
+                if go_on { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
             });
         }
         (pgmap.live().saturating_sub(target)) as usize
+    }
+
+    /// Brings the pages home that `device` has of the block, unless that has just failed.
+    fn evict_block(&'static self, ctx: &mut Ctx, block: Block, device: DeviceId, why: Why, stuck: &mut Stuck) {
+        let mine = self.pages_on(block, device);
+        if mine.is_empty() || stuck.last == Some(block.base()) {
+            return;
+        }
+        let mut any = false;
+        self.block_home(ctx, block, &mine, why, &mut |_, outcome| any |= outcome != PageOutcome::TimedOut);
+        if any {
+            *stuck = Stuck::default();
+        } else {
+            *stuck = Stuck { last: Some(block.base()), blocks: stuck.blocks + 1 };
+        }
     }
 
     fn pages_on(&self, block: Block, device: DeviceId) -> PageSet {
@@ -271,13 +284,11 @@ impl<O: Os> Core<O> {
     fn remove_device(&'static self, ctx: &mut Ctx, device: DeviceId) -> usize {
         let Some(entry) = self.devices.get(device) else { return 0 };
         entry.leave();
+        let mut stuck = Stuck::default();
         // Pages it holds exclusively have no frame.
         self.blocks.for_each(whole_space(), |block| {
-            let mine = self.pages_on(block, device);
-            if !mine.is_empty() {
-                self.block_home(ctx, block, &mine, Why::Evicted, &mut |_, _| {});
-            }
-            ControlFlow::Continue(())
+            self.evict_block(ctx, block, device, Why::Evicted, &mut stuck);
+            if stuck.is_hopeless() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
         let start = Instant::now();
         let mut left = self.evict(ctx, device, u32::MAX, Why::Evicted);
@@ -315,6 +326,21 @@ impl<O: Os> Core<O> {
         }
         self.thaw();
         left
+    }
+}
+
+/// How an eviction fares: a device that fails is not asked for every page that it has.
+#[derive(Debug, Default)]
+struct Stuck {
+    /// The block of which nothing came home.
+    last: Option<VirtAddr>,
+    /// How many there were in a row.
+    blocks: u32,
+}
+
+impl Stuck {
+    const fn is_hopeless(&self) -> bool {
+        self.blocks >= 3
     }
 }
 
