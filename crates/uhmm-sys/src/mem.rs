@@ -28,7 +28,7 @@ use crate::{
     Errno,
     addr::{PAGE_SIZE, PageRange, VirtAddr},
     arena::{self, AnyBits, Zeroed},
-    raw,
+    raw, space,
 };
 
 /// What an atomic operation does with the number it finds and its operand. All are unsigned.
@@ -335,8 +335,7 @@ impl HostBytes {
 
 /// Device memory: a shared mapping of a memory file or another file, unmapped when dropped.
 ///
-/// A forked child sees the same memory. The kernel chooses the addresses; make mappings while the program does
-/// not change its own, for the kernel might choose a hole that the program is about to use.
+/// A forked child sees the same memory. The addresses are those of [`crate::space`].
 #[derive(Debug)]
 pub struct Mapping {
     /// # Invariants
@@ -381,7 +380,7 @@ impl Mapping {
             return Err(Errno::INVAL);
         }
         check_length(fd.as_fd(), len)?;
-        let addr = raw::mmap(len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, Some(fd.as_fd()), 0)?;
+        let addr = space::map_shared(len, Some(fd.as_fd()), 0)?;
         // INVARIANT: just mapped, readable and writable, unknown to anybody else.
         Ok(Self { span: Span { addr, len }, fd })
     }
@@ -467,7 +466,7 @@ impl AsFd for Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: this value owns the mapping, and borrows of it have ended.
-        let done = unsafe { raw::munmap(self.span.addr, self.span.len) };
+        let done = unsafe { space::unmap(self.span.addr, self.span.len) };
         debug_assert!(done.is_ok(), "munmap of an own mapping: {done:?}");
     }
 }
@@ -491,8 +490,8 @@ fn check_length(fd: BorrowedFd<'_>, len: u64) -> Result<(), Errno> {
 /// # Kernel
 /// `mmap(2)` with `MAP_SHARED | MAP_ANONYMOUS`.
 pub fn shared_slice<T: Zeroed>(len: usize) -> Result<&'static [T], Errno> {
-    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    let addr = raw::mmap(bytes_of::<T>(len)?, libc::PROT_READ | libc::PROT_WRITE, flags, None, 0)?;
+    let bytes = bytes_of::<T>(len)?.checked_next_multiple_of(PAGE_SIZE).ok_or(Errno::NOMEM)?;
+    let addr = space::map_shared(bytes, None, 0)?;
     // SAFETY: fresh zero pages, mapped for ever, aligned to a page, at least `len` values long; zero is a valid `T`
     // by the contract of `Zeroed`, and another process changes them by the same code: atomically.
     Ok(unsafe { std::slice::from_raw_parts(raw::ptr(addr).cast::<T>(), len) })

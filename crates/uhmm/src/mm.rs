@@ -315,6 +315,12 @@ impl Mm {
         Some(Self { core })
     }
 
+    /// Whether the address space of this process is set up.
+    #[must_use]
+    pub fn is_set_up() -> bool {
+        lock(&process().current).core.is_some()
+    }
+
     /// Registers a device. It is moved to where its methods may use it at any time, and never dropped.
     ///
     /// # Errors

@@ -259,18 +259,29 @@ pub struct LimitShift(u64);
 const LIMIT_UNIT: u64 = 1024;
 /// The remainder that marks a shifted limit.
 const LIMIT_MARK: u64 = 677;
-/// What the engine reserves besides its devices' memory, in round numbers: the arena, and a little.
+/// What the engine reserves besides what its devices need, in round numbers: the arena, and a little.
 const ENGINE_BYTES: u64 = (4 << 30) + (64 << 20);
 /// No limit.
 const UNLIMITED: u64 = u64::MAX;
+
+/// Address space that the devices of a process need: their memory, unless it is in a file, and the engine's books on it.
+#[must_use]
+pub fn address_space(devices: &[DeviceSpec]) -> u64 {
+    devices
+        .iter()
+        .map(|spec| {
+            // The books are some 18 bytes for each page.
+            let books = (spec.bytes / 128).next_multiple_of(BLOCK_SIZE) + 2 * BLOCK_SIZE;
+            if spec.dir.is_none() { spec.bytes.next_multiple_of(BLOCK_SIZE) + books } else { books }
+        })
+        .fold(0, |sum: u64, bytes: u64| sum.saturating_add(bytes).min(UNLIMITED / 4))
+}
 
 impl LimitShift {
     /// The shift where each process has these devices.
     #[must_use]
     pub fn for_devices(devices: &[DeviceSpec]) -> Self {
-        let mapped = devices.iter().filter(|spec| spec.dir.is_none()).map(|spec| spec.bytes);
-        let bytes = mapped.fold(ENGINE_BYTES, |sum, bytes| sum.saturating_add(bytes.next_multiple_of(BLOCK_SIZE)));
-        Self(bytes.min(UNLIMITED / 2) & !(LIMIT_UNIT - 1))
+        Self((ENGINE_BYTES + address_space(devices)) & !(LIMIT_UNIT - 1))
     }
 
     /// What to tell the kernel where the program says `limit`.
@@ -352,7 +363,7 @@ mod tests {
         assert_eq!(shift.unshift(u64::MAX), u64::MAX);
         assert_eq!(shift.shift(u64::MAX - 2048), u64::MAX);
         let file = LimitShift::for_devices(&["soft:64G,file=/x".parse().unwrap()]);
-        assert!(file.shift(0) < 5 << 30, "what is in a file is not mapped");
+        assert!(file.shift(0) < 6 << 30, "what is in a file is not mapped");
     }
 
     #[test]
