@@ -22,22 +22,26 @@ use uhmm::{
     device::Cause,
     fork,
     mm::{Setup, Threads},
-    session::{self, DeviceSpec, EXIT_FAILED, LimitShift, Session},
+    session::{self, DeviceSpec, EXIT_FAILED, LimitShift, Session, address_space},
     stress::StressHooks,
     trace::{Counter, Stats},
 };
 use uhmm_devices::soft::{SoftConfig, SoftDevice};
-use uhmm_sys::{arena, exclude, files::own_files, thread};
+use uhmm_sys::{arena, exclude, files::own_files, maps::Maps, space, thread};
 
 use crate::{
     Environment, limits,
     say::{Files, report_panics, say},
+    turn,
 };
 
 /// How long a program runs before an engine is started for it. What ends sooner never pays for one.
 const HEAD_START: Duration = Duration::from_millis(20);
 /// How long a stress access of a device fights for a page before the next one has its turn.
 const ACCESS_BUDGET: Duration = Duration::from_millis(20);
+
+/// Address space for what the engine keeps besides its devices' memory.
+const ARENA_BYTES: u64 = 4 << 30;
 
 /// What `uhmm run` wants of each process.
 #[derive(Debug)]
@@ -74,6 +78,11 @@ pub(crate) fn start(environment: &Environment) {
     match read_orders(environment) {
         Ok(orders) => {
             limits::shift_by(LimitShift::for_devices(&orders.devices));
+            // Before the program makes holes that it will count on.
+            let reserved = arena::init(ARENA_BYTES).and_then(|_| space::reserve(address_space(&orders.devices)));
+            if let Err(errno) = reserved {
+                return fail(Files::Program, format_args!("no address space for the engine: {errno}; see ulimit -v"));
+            }
             let _ = ORDERS.set(orders);
         }
         Err(why) => return fail(Files::Program, format_args!("{why}")),
@@ -135,6 +144,10 @@ fn schedule() {
 /// In a forked child, whose parent's engine is none of its own.
 fn in_child() {
     RUNNING.store(std::ptr::null_mut(), Release);
+    turn::reset_in_child();
+    if !Mm::is_set_up() {
+        space::reuse_in_child();
+    }
     schedule();
 }
 
@@ -251,6 +264,13 @@ pub(crate) fn unsplit(range: PageRange) {
     {
         running.mm.unsplit(range);
     }
+}
+
+/// Whether `range` is one mapping to the kernel.
+pub(crate) fn is_one_mapping(range: PageRange) -> bool {
+    let vma = Maps::open().and_then(|maps| maps.find(range.start()));
+    // Where it cannot be told, it is as it may be.
+    vma.map_or(true, |vma| vma.is_some_and(|vma| vma.range.contains_range(range)))
 }
 
 /// The program lets the kernel refer to its pages beyond the end of a system call: a page that moved must not be filled

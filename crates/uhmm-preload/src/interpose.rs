@@ -11,6 +11,8 @@
 //! Calls that the C library makes itself (`free` unmapping a block, say) do not come by here; the events of the kernel
 //! cover them.
 //!
+//! Calls that map or unmap take turns (see [`crate::turn`]).
+//!
 //! All of this is for processes with an engine. In others a call costs one load more than before.
 //!
 //! # Signals
@@ -20,16 +22,22 @@
 use std::{
     arch::naked_asm,
     ffi::{c_int, c_long, c_uint, c_ulong, c_void},
+    ptr::with_exposed_provenance_mut,
 };
 
 use libc::{off_t, off64_t, size_t, ssize_t};
 use uhmm::{
-    addr::{PageRange, TASK_SIZE, VirtAddr},
+    addr::{PAGE_SIZE, PageRange, TASK_SIZE, VirtAddr},
     device::Cause,
+    still::still,
 };
 use uhmm_sys::access;
 
-use crate::{engine, next};
+use crate::{
+    engine, locked, next,
+    pieces::{self, Remap},
+    turn::turn,
+};
 
 /// Calls the next function of a type, or answers as a kernel without it does.
 macro_rules! call_next {
@@ -84,6 +92,7 @@ const fn drops_pages(advice: c_int) -> bool {
 /// As for `munmap(2)`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn munmap(start: *mut c_void, len: size_t) -> c_int {
+    let _turn = turn();
     invalidate(start, len, Cause::Unmap);
     call_next!(next::MUNMAP, -1, fn(start: *mut c_void, len: size_t) -> c_int)
 }
@@ -98,42 +107,72 @@ unsafe extern "C" fn mremap(
     flags: c_int,
     new: *mut c_void,
 ) -> *mut c_void {
-    /// How often the stress threads may split the mappings again before the call gives up.
-    const TRIES: u32 = 64;
-    invalidate(old, old_len, Cause::Unmap);
-    if flags & libc::MREMAP_FIXED != 0 {
-        invalidate(new, new_len, Cause::Unmap);
-    }
-    for _ in 1..TRIES {
-        let before = errno();
-        let answer = call_next!(
+    let call = || {
+        call_next!(
             next::MREMAP,
             libc::MAP_FAILED,
             fn(old: *mut c_void, old_len: size_t, new_len: size_t, flags: c_int, new: *mut c_void) -> *mut c_void
-        );
+        )
+    };
+    if !engine::is_running() {
+        return call();
+    }
+    let _turn = turn();
+    invalidate(old, old_len, Cause::Unmap);
+    let fixed = flags & libc::MREMAP_FIXED != 0;
+    if fixed {
+        invalidate(new, new_len, Cause::Unmap);
+    }
+    let Ok(range) = PageRange::covering(VirtAddr::of(old), old_len as u64) else { return call() };
+    let before = errno();
+    if !fixed {
+        let answer = call();
         // A range of more than one mapping is refused, and then nothing was done.
-        if answer != libc::MAP_FAILED || errno() != libc::EFAULT || !engine::is_running() {
+        if answer != libc::MAP_FAILED || errno() != libc::EFAULT {
             return answer;
         }
-        let Ok(range) = PageRange::covering(VirtAddr::of(old), old_len as u64) else { return answer };
-        set_errno(before);
-        unseen(|| engine::unsplit(range));
     }
-    call_next!(
-        next::MREMAP,
-        libc::MAP_FAILED,
-        fn(old: *mut c_void, old_len: size_t, new_len: size_t, flags: c_int, new: *mut c_void) -> *mut c_void
-    )
+    // With a fixed address the kernel unmaps what is there before it refuses. Nobody else gets those addresses meanwhile:
+    // it is our turn.
+    still(|| {
+        unseen(|| {
+            if !engine::is_one_mapping(range) {
+                engine::unsplit(range);
+            }
+        });
+        set_errno(before);
+        if engine::is_one_mapping(range) {
+            let answer = call();
+            // It may have been split just now: a block that came home went back to native faults.
+            if answer != libc::MAP_FAILED || errno() != libc::EFAULT {
+                return answer;
+            }
+        }
+        let new_len = (new_len as u64).next_multiple_of(PAGE_SIZE);
+        match pieces::remap(Remap { old: range, new_len, flags, new: VirtAddr::of(new) }) {
+            Ok(at) => {
+                set_errno(before);
+                with_exposed_provenance_mut(usize::try_from(at.get()).expect("64-bit"))
+            }
+            Err(errno) => {
+                set_errno(errno.raw_os_error());
+                libc::MAP_FAILED
+            }
+        }
+    })
 }
 
 /// # Safety
 /// As for `madvise(2)`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn madvise(start: *mut c_void, len: size_t, advice: c_int) -> c_int {
-    if drops_pages(advice) {
-        invalidate(start, len, Cause::Unmap);
+    let call = || call_next!(next::MADVISE, -1, fn(start: *mut c_void, len: size_t, advice: c_int) -> c_int);
+    if !drops_pages(advice) || !engine::is_running() {
+        return call();
     }
-    call_next!(next::MADVISE, -1, fn(start: *mut c_void, len: size_t, advice: c_int) -> c_int)
+    invalidate(start, len, Cause::Unmap);
+    // The engine hears of this before the pages go. What it set aside in between would come back.
+    still(call)
 }
 
 /// # Safety
@@ -170,6 +209,7 @@ unsafe extern "C" fn mmap(
     fd: c_int,
     offset: off_t,
 ) -> *mut c_void {
+    let _turn = turn();
     if flags & libc::MAP_FIXED != 0 {
         invalidate(start, len, Cause::Unmap);
     }
@@ -241,12 +281,38 @@ unsafe extern "C" fn sbrk(by: isize) -> *mut c_void {
 /// As for `shmat(2)`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn shmat(id: c_int, start: *const c_void, flags: c_int) -> *mut c_void {
+    let _turn = turn();
     if flags & libc::SHM_REMAP != 0 {
         // The length is the segment's, which is not known here: all that lies above counts.
         let start = VirtAddr::of(start).get();
         shrink_heap(start, TASK_SIZE);
     }
     call_next!(next::SHMAT, libc::MAP_FAILED, fn(id: c_int, start: *const c_void, flags: c_int) -> *mut c_void)
+}
+
+/// # Safety
+/// As for `mlockall(2)`.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn mlockall(flags: c_int) -> c_int {
+    if flags & libc::MCL_CURRENT == 0 || !engine::is_running() {
+        return call_next!(next::MLOCKALL, -1, fn(flags: c_int) -> c_int);
+    }
+    // To lock the engine's memory would fill all that it has set aside. So what is there is locked mapping by mapping.
+    let rest = flags & !libc::MCL_CURRENT;
+    if rest & libc::MCL_FUTURE != 0 {
+        let call = |flags: c_int| call_next!(next::MLOCKALL, -1, fn(flags: c_int) -> c_int);
+        let answer = call(rest);
+        if answer != 0 {
+            return answer;
+        }
+    }
+    match locked::lock_program(rest & libc::MCL_ONFAULT != 0) {
+        Ok(()) => 0,
+        Err(errno) => {
+            set_errno(errno.raw_os_error());
+            -1
+        }
+    }
 }
 
 /// `UFFDIO_REGISTER`, by which a userfaultfd takes a range.

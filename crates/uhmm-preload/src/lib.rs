@@ -17,7 +17,10 @@
 //! - [`engine`][]: orders, and the engine of this process.
 //! - [`interpose`][]: functions of the C library that this library stands in front of.
 //! - [`limits`][]: limits of address space, as the program is to see them.
+//! - [`locked`][]: all memory of the program locked, and not the engine's.
+//! - [`pieces`][]: `mremap` of mappings that registration has split.
 //! - [`say`][]: messages.
+//! - [`turn`][]: changes of mappings, one after the other.
 //!
 //! # What it does not do, and why
 //! - Static programs and those with privileges of their own (setuid) load no library: `uhmm run` refuses them.
@@ -32,8 +35,11 @@
 mod engine;
 mod interpose;
 mod limits;
+mod locked;
 mod next;
+mod pieces;
 mod say;
+mod turn;
 
 use std::ffi::{CStr, c_char, c_int};
 

@@ -61,6 +61,7 @@ functions! {
     BRK = c"brk",
     SBRK = c"sbrk",
     SHMAT = c"shmat",
+    MLOCKALL = c"mlockall",
     IOCTL = c"ioctl",
     VMSPLICE = c"vmsplice",
     SETSOCKOPT = c"setsockopt",
