@@ -6,6 +6,7 @@
 
 use std::{
     io::Read,
+    os::unix::process::CommandExt,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -39,6 +40,7 @@ pub fn isolated(name: &str, limit: Duration, body: impl FnOnce() -> Result<(), S
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
+        .process_group(0)
         .spawn()
         .expect("a test can run itself again");
     let mut streams = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
@@ -58,6 +60,8 @@ pub fn isolated(name: &str, limit: Duration, body: impl FnOnce() -> Result<(), S
             None => std::thread::sleep(Duration::from_millis(5)),
         }
     };
+    // What the child left running holds its output open, and the test with it.
+    let _ = Command::new("kill").args(["-KILL", "--", &format!("-{}", child.id())]).stderr(Stdio::null()).status();
     let (out, err) = (readers.0.join().unwrap_or_default(), readers.1.join().unwrap_or_default());
     let Some(status) = status else { panic!("{name}: no end within {limit:?}\n{out}\n{err}") };
     assert!(status.success(), "{name}: {status}\n{out}\n{err}");

@@ -23,10 +23,9 @@ use crate::{
     block::{Place, Transit},
     engine::Core,
     gate::{Gate, pause},
-    migrate::Pass,
+    migrate::{Berth, Pass},
     os::Os,
     page_set::{PageSet, Run},
-    staging::Chunk,
     thread::{Ctx, MAX_THREADS},
 };
 
@@ -103,14 +102,14 @@ impl<O: Os> Core<O> {
         &'static self,
         ctx: &mut Ctx,
         transit: &mut Transit<'_>,
-        chunk: Chunk,
+        berth: Berth,
         left: &mut PageSet,
         pass: &mut Pass,
     ) -> PageSet {
         let mut taken = PageSet::EMPTY;
         for run in left.runs() {
             let mut stuck = PageSet::EMPTY;
-            if let Err(error) = self.copy_run_out(ctx, transit, chunk, run, &mut taken, &mut stuck) {
+            if let Err(error) = self.copy_run_out(ctx, transit, berth, run, &mut taken, &mut stuck) {
                 let rest = PageSet::span(run.first, run.first + run.count).minus(&taken);
                 for part in rest.runs() {
                     let range = transit.block().run(part);
@@ -133,7 +132,7 @@ impl<O: Os> Core<O> {
         &'static self,
         ctx: &mut Ctx,
         transit: &mut Transit<'_>,
-        chunk: Chunk,
+        berth: Berth,
         run: Run,
         taken: &mut PageSet,
         stuck: &mut PageSet,
@@ -150,7 +149,7 @@ impl<O: Os> Core<O> {
         let present: PageSet =
             run.pages().filter(|i| pages[i - run.first].intersects(Page::PRESENT | Page::SWAPPED)).collect();
         for part in present.runs() {
-            let bytes = self.staging.bytes(chunk.slot(part.first), part.count);
+            let bytes = self.staging.bytes(berth.slot(part.first), part.count);
             let copied = self.os.read(transit.block().page(part.first), bytes);
             if copied.stop.is_some_and(|why| why != Errno::IO) {
                 return Err(Errno::FAULT);
@@ -181,7 +180,7 @@ impl<O: Os> Core<O> {
                 Err(error) => return Err(error),
             }
             for i in part.pages() {
-                transit.set(i, Place::Staged { slot: chunk.slot(i), exclusive: None });
+                transit.set(i, Place::Staged { slot: berth.slot(i), exclusive: None });
                 taken.insert(i);
             }
         }

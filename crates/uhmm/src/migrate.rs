@@ -31,7 +31,7 @@ use crate::{
     os::Os,
     page_set::{PageSet, Run},
     policy,
-    staging::{Chunk, Left},
+    staging::{Chunk, Left, Slot},
     thread::Ctx,
     trace::{Counter, Why},
 };
@@ -385,7 +385,7 @@ impl<O: Os> Core<O> {
             outcomes.set(pages, outcome);
             pages.iter().for_each(|i| transit.put_back(i));
         };
-        let Some(chunk) = self.staging_chunk() else {
+        let Some(berth) = self.berth(ctx, around) else {
             refuse(transit, resident, PageOutcome::NoMemory);
             return TakenOut::default();
         };
@@ -397,7 +397,7 @@ impl<O: Os> Core<O> {
         let mut holes = Src::NoHoles;
         {
             let Ok(_inside) = self.gate.enter(ctx.slot) else {
-                self.staging.put_empty(chunk);
+                self.leave_berth(ctx, berth, around, Berthed::Untouched);
                 pass.again = pass.again.or(resident);
                 resident.iter().for_each(|i| transit.put_back(i));
                 return TakenOut::default();
@@ -408,10 +408,10 @@ impl<O: Os> Core<O> {
                 Err(error) => stop = Some(error),
             }
             if stop.is_none() && !frozen {
-                holes = self.move_runs(transit, chunk, &mut left, &mut taken, pass, &mut stop);
+                holes = self.move_runs(transit, berth, &mut left, &mut taken, pass, &mut stop);
                 // Under the registration lock: whoever looks for a block of which nothing is away must see these.
                 for i in taken.iter() {
-                    transit.set(i, Place::Staged { slot: chunk.slot(i), exclusive: None });
+                    transit.set(i, Place::Staged { slot: berth.slot(i), exclusive: None });
                 }
             }
         }
@@ -421,23 +421,27 @@ impl<O: Os> Core<O> {
                 true
             };
         if stop.is_none() && by_copy {
-            taken = self.copy_out(ctx, transit, chunk, &mut left, pass);
+            taken = self.copy_out(ctx, transit, berth, &mut left, pass);
             holes = Src::MayHaveHoles;
         }
         let (present, huge) = match holes {
-            Src::NoHoles => (taken, taken == PageSet::ALL && self.is_huge(self.staging.chunk_range(chunk))),
-            Src::MayHaveHoles => self.present(chunk, &taken),
+            Src::NoHoles => (taken, taken == PageSet::ALL && self.is_huge(self.staging.chunk_range(berth.chunk))),
+            Src::MayHaveHoles => self.present(berth, &taken),
         };
         let holes = taken.minus(&present);
         for i in holes.iter() {
             transit.set(i, Place::Cpu);
         }
-        if present.is_empty() {
-            self.zap_chunk(chunk);
-        } else {
-            self.staging.arrive(chunk, present.count(), huge);
+        if !present.is_empty() {
+            self.staging.arrive(berth.chunk, present.count(), huge && !berth.shared);
             self.stats.add(Counter::PagesStaged, present.count());
         }
+        let berthed = match stop {
+            _ if !present.is_empty() => Berthed::Standing,
+            Some(Errno::EXIST) => Berthed::Blocked,
+            _ => Berthed::Empty,
+        };
+        self.leave_berth(ctx, berth, around, berthed);
         // What is left was not taken: shared or pinned pages, or all of it where the kernel refused.
         if !left.is_empty() {
             let outcome = match stop {
@@ -473,7 +477,7 @@ impl<O: Os> Core<O> {
     fn move_runs(
         &self,
         transit: &Transit<'_>,
-        chunk: Chunk,
+        berth: Berth,
         left: &mut PageSet,
         taken: &mut PageSet,
         pass: &mut Pass,
@@ -486,7 +490,7 @@ impl<O: Os> Core<O> {
             let end = run.first + run.count;
             while first < end {
                 let from = block.page(first);
-                let to = self.staging.addr(chunk.slot(first));
+                let to = self.staging.addr(berth.slot(first));
                 let len = (end - first) as u64 * PAGE_SIZE;
                 // Where all pages are there, nobody has to look afterwards which of them were.
                 let holes = if src == Src::NoHoles { SrcHoles::Fail } else { SrcHoles::Allow };
@@ -529,11 +533,11 @@ impl<O: Os> Core<O> {
     }
 
     /// Which of `taken` stand in `chunk`, and whether they are one huge page. The others were holes.
-    fn present(&self, chunk: Chunk, taken: &PageSet) -> (PageSet, bool) {
+    fn present(&self, berth: Berth, taken: &PageSet) -> (PageSet, bool) {
         let Some(around) = span(taken) else { return (PageSet::EMPTY, false) };
         let mut pages = [Page::empty(); BLOCK_PAGES];
         let pages = &mut pages[..around.count];
-        if self.os.scan(self.staging.run(chunk, around), pages).is_err() {
+        if self.os.scan(self.staging.run(berth.chunk, berth.run(around)), pages).is_err() {
             // Treating a hole as a page costs a copy of zeros; the reverse would lose a page.
             return (*taken, false);
         }
@@ -694,6 +698,48 @@ impl<O: Os> Core<O> {
         fetched
     }
 
+    /// Slots for the pages of `around` on their way out: the same as they have in their block, so that a huge folio stays
+    /// whole, or the next ones of the thread's own chunk for a few pages.
+    fn berth(&self, ctx: &mut Ctx, around: Run) -> Option<Berth> {
+        if around.count > FEW_PAGES {
+            return Some(Berth {
+                chunk: self.staging_chunk()?,
+                first: around.first,
+                slot: around.first,
+                shared: false,
+            });
+        }
+        if let Some(slot) = ctx.out.room(around.count) {
+            return Some(Berth { chunk: slot.chunk(), first: around.first, slot: slot.index(), shared: true });
+        }
+        let chunk = self.staging_chunk()?;
+        // The thread's own use counts as a page that stands in it, so that the chunk outlives those that leave.
+        self.staging.arrive(chunk, 1, false);
+        self.retire(ctx.out.replace(Some(chunk)));
+        Some(Berth { chunk, first: around.first, slot: 0, shared: true })
+    }
+
+    /// Ends the use of a berth that was taken for `around`.
+    fn leave_berth(&self, ctx: &mut Ctx, berth: Berth, around: Run, berthed: Berthed) {
+        match (berthed, berth.shared) {
+            (Berthed::Untouched, true) | (Berthed::Standing, false) => {}
+            (Berthed::Untouched, false) => self.staging.put_empty(berth.chunk),
+            (Berthed::Empty | Berthed::Standing, true) => ctx.out.advance(around.count),
+            // Whatever was in the way goes with the chunk.
+            (Berthed::Blocked, true) => self.retire(ctx.out.replace(None)),
+            (Berthed::Blocked | Berthed::Empty, false) => self.zap_chunk(berth.chunk),
+        }
+    }
+
+    /// Gives up a thread's own chunk.
+    fn retire(&self, chunk: Option<Chunk>) {
+        if let Some(chunk) = chunk
+            && let Left::Zap(chunk) = self.staging.leave(chunk, 1, 0)
+        {
+            self.zap_chunk(chunk);
+        }
+    }
+
     /// An empty chunk, if need be one that held garbage.
     fn staging_chunk(&self) -> Option<Chunk> {
         self.staging.take_empty().or_else(|| {
@@ -713,6 +759,44 @@ impl<O: Os> Core<O> {
     pub(crate) fn free_frame(&self, device: DeviceId, pfn: DevPfn) {
         self.free_frames(device, frame_run(pfn, 1));
     }
+}
+
+/// So many pages share a chunk with others; more have one to themselves.
+const FEW_PAGES: usize = 64;
+
+/// Where pages stand in staging on their way out.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Berth {
+    chunk: Chunk,
+    /// This page of the block ...
+    first: usize,
+    /// ... has this slot of the chunk, and those after it the next ones.
+    slot: usize,
+    /// Whether other blocks' pages may stand in the chunk too.
+    shared: bool,
+}
+
+impl Berth {
+    pub(crate) fn slot(self, i: usize) -> Slot {
+        self.chunk.slot(i - self.first + self.slot)
+    }
+
+    fn run(self, run: Run) -> Run {
+        Run { first: run.first - self.first + self.slot, count: run.count }
+    }
+}
+
+/// How the use of a berth ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Berthed {
+    /// Nothing was tried.
+    Untouched,
+    /// Something was in the way.
+    Blocked,
+    /// No page stands there.
+    Empty,
+    /// Pages stand there.
+    Standing,
 }
 
 /// Records kept back for events that move pages, which cannot be refused.

@@ -349,6 +349,33 @@ impl HomeBuffer {
     }
 }
 
+/// An engine thread's own chunk, of which pages on their way out get the next slots.
+#[derive(Debug, Default)]
+pub(crate) struct OutBuffer {
+    chunk: Option<Chunk>,
+    used: usize,
+}
+
+impl OutBuffer {
+    /// The first of `pages` slots, if there are so many left.
+    pub(crate) fn room(&self, pages: usize) -> Option<Slot> {
+        let chunk = self.chunk.filter(|_| self.used + pages <= BLOCK_PAGES)?;
+        Some(chunk.slot(self.used))
+    }
+
+    /// Says that the next `pages` slots were used.
+    pub(crate) fn advance(&mut self, pages: usize) {
+        self.used += pages;
+    }
+
+    /// Begins another chunk, and returns the one before.
+    #[must_use]
+    pub(crate) fn replace(&mut self, chunk: Option<Chunk>) -> Option<Chunk> {
+        self.used = 0;
+        std::mem::replace(&mut self.chunk, chunk)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

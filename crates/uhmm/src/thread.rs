@@ -6,7 +6,7 @@
 
 use uhmm_sys::addr::PageRange;
 
-use crate::staging::HomeBuffer;
+use crate::staging::{HomeBuffer, OutBuffer};
 
 /// Most engine threads that can exist.
 pub(crate) const MAX_THREADS: usize = 64;
@@ -20,6 +20,8 @@ pub(crate) struct Ctx {
     pub(crate) slot: usize,
     /// Where it puts pages together on their way home.
     pub(crate) home: HomeBuffer,
+    /// Where it puts a few pages at a time on their way out.
+    pub(crate) out: OutBuffer,
     /// How deeply serving faults is nested.
     pub(crate) depth: u32,
     /// Ranges that must stay, as of the operation's start.
@@ -29,7 +31,7 @@ pub(crate) struct Ctx {
 impl Ctx {
     pub(crate) fn new(slot: usize) -> Self {
         assert!(slot < MAX_THREADS, "too many engine threads");
-        Self { slot, home: HomeBuffer::default(), depth: 0, excluded: Excluded::new() }
+        Self { slot, home: HomeBuffer::default(), out: OutBuffer::default(), depth: 0, excluded: Excluded::new() }
     }
 }
 

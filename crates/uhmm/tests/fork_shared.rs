@@ -8,7 +8,7 @@
 mod common;
 
 use uhmm::{
-    Mm, MigrateOptions, Mirror, PageOutcome,
+    MigrateOptions, Mirror, Mm, PageOutcome,
     mm::{Setup, Threads},
 };
 use uhmm_testkit::{Skip, isolated};
@@ -103,10 +103,14 @@ fn a_child_outlives_its_killed_parent() {
             let memory = Memory::new(1024);
             memory.fill();
             let _ = mirror.migrate(memory.range(), &MigrateOptions::default());
+            // SAFETY: asks the kernel for the process's number.
+            let me = unsafe { libc::getpid() };
             // SAFETY: as in `in_child`.
             let pid = unsafe { libc::fork() };
             if pid == 0 {
-                while !orphaned() {
+                // SAFETY: asks the kernel for the parent's number.
+                let parent = || unsafe { libc::getppid() };
+                while parent() == me {
                     std::thread::yield_now();
                 }
                 let ok = (0..1024).all(|n| memory.get(n) == stamp(n));
@@ -116,8 +120,6 @@ fn a_child_outlives_its_killed_parent() {
                 // SAFETY: ends the grandchild at once.
                 unsafe { libc::_exit(0) };
             }
-            // SAFETY: asks the kernel for the process's number.
-            let me = unsafe { libc::getpid() };
             // SAFETY: kills the calling process.
             unsafe { libc::kill(me, libc::SIGKILL) };
         });
@@ -128,16 +130,6 @@ fn a_child_outlives_its_killed_parent() {
         assert_eq!(byte[0], 1, "the grandchild lost bytes when its parent was killed");
         Ok(())
     });
-}
-
-/// Whether the calling process's parent is not the one that forked it any more (a subreaper may have taken it).
-fn orphaned() -> bool {
-    use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
-    static FIRST: AtomicI32 = AtomicI32::new(0);
-    // SAFETY: asks the kernel for the parent's number.
-    let parent = unsafe { libc::getppid() };
-    let _ = FIRST.compare_exchange(0, parent, Relaxed, Relaxed);
-    FIRST.load(Relaxed) != parent
 }
 
 #[test]

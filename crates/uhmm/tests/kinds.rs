@@ -141,7 +141,7 @@ fn the_heap_and_stacks_move_under_the_running_program() {
             assert_eq!(sum(&map), before);
         }
         assert_eq!(here, 25);
-        assert!(moved > 100, "only {moved} pages could move");
+        assert!(moved >= 20, "only {moved} pages could move in 20 rounds");
         drop(map);
         world.finish();
         Ok(())
