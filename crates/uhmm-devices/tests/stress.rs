@@ -259,3 +259,24 @@ fn lanes_compute_while_pages_move() {
         Ok(())
     });
 }
+
+#[test]
+fn more_pages_than_staging_chunks_are_taken_exclusively_one_by_one() {
+    isolated!(|| {
+        const PAGES: usize = 1500;
+        let mm = Mm::open().unwrap();
+        let mirror = register(&mm, &SoftConfig::ram("soft", 8 * MIB), 0);
+        let memory = Memory::new(PAGES);
+        memory.fill();
+        let mut lane = lane(&mirror, Map);
+        for page in 0..PAGES {
+            let old =
+                lane.fetch_add_u64(memory.addr(page, 0), 1).unwrap_or_else(|error| panic!("page {page}: {error}"));
+            assert_eq!(old, common::stamp(page, 0));
+        }
+        for page in 0..PAGES {
+            assert_eq!(memory.get(page, 0), common::stamp(page, 0) + 1);
+        }
+        Ok(())
+    });
+}

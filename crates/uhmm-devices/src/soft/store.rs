@@ -51,8 +51,8 @@ use super::marks::Pause;
 
 /// Frames in a chunk.
 const CHUNK_FRAMES: u32 = 512;
-/// Chunks without a frame in use whose memory is kept for the next pages: 32 MiB.
-const IDLE_CHUNKS_KEPT: u32 = 16;
+/// Chunks without a frame in use whose memory is kept for the next pages: 256 MiB.
+const IDLE_CHUNKS_KEPT: u32 = 128;
 /// The chunk's bytes are zero and nothing stands behind them.
 const EMPTY: u32 = 1 << 30;
 /// A hole is being punched.
