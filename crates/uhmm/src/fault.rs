@@ -14,6 +14,7 @@ use uhmm_sys::{
 use crate::{
     block::{Block, Mark, Place, Transit},
     engine::Core,
+    migrate::SPARE_RECORDS,
     os::Os,
     page_set::{PageSet, Run},
     policy,
@@ -30,8 +31,9 @@ impl<O: Os> Core<O> {
     /// Serves the fault of a thread at `addr`, or sees to it that somebody wakes the thread.
     pub(crate) fn serve_fault(&'static self, ctx: &mut Ctx, addr: VirtAddr, wp: bool) {
         let page = PageRange::page_of(addr);
-        let Some(block) = self.blocks.find(addr) else {
-            // Registered memory without a record: a hole of a mapping that grew, or that `mremap` brought here.
+        // Registered memory without a record: a hole of a mapping that grew, or that `mremap` brought here. With a record
+        // the whole block goes back to native faults.
+        let Ok(block) = self.blocks.find_or_add(addr, SPARE_RECORDS) else {
             return self.zero_alone(ctx, page);
         };
         let i = addr.page_in_block();

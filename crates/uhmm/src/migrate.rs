@@ -800,7 +800,7 @@ enum Berthed {
 }
 
 /// Records kept back for events that move pages, which cannot be refused.
-const SPARE_RECORDS: u32 = 256;
+pub(crate) const SPARE_RECORDS: u32 = 256;
 
 /// What one attempt leaves to be done.
 #[derive(Debug, Default)]

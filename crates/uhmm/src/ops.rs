@@ -14,10 +14,10 @@ use uhmm_sys::{
 use crate::{
     block::{Block, Place},
     device::{Cause, DeviceId, Invalidation},
-    devices::AddError,
+    devices::{AddError, Entry},
     engine::Core,
     job::{DeviceRef, Job, Reply, Request},
-    migrate::{Outcomes, PageOutcome},
+    migrate::{Outcomes, PageOutcome, refusal},
     notifier::Ops,
     os::Os,
     page_set::PageSet,
@@ -298,9 +298,7 @@ impl<O: Os> Core<O> {
             left = self.evict(ctx, device, u32::MAX, Why::Evicted);
         }
         if left == 0 {
-            drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Release, owner: None }));
-            self.drop_entry(entry);
-            self.devices.remove(device);
+            self.take_out_device(entry);
         }
         left
     }
@@ -323,9 +321,34 @@ impl<O: Os> Core<O> {
                 }
                 ControlFlow::Continue(())
             });
+            self.unregister_rest();
+            // Whoever could use one of them holds the address space too, and nobody does.
+            self.devices.for_each(|entry| {
+                entry.leave();
+                self.take_out_device(entry);
+            });
         }
         self.thaw();
         left
+    }
+
+    /// Unregisters memory that belongs to no record: mappings that grew, or that `mremap` brought somewhere else.
+    fn unregister_rest(&'static self) {
+        let mut at = VirtAddr::new(0);
+        while let Ok(Some(vma)) = self.os.vma(at) {
+            if refusal(&vma) != Some(PageOutcome::Special) && !vma.range.overlaps(self.staging.range()) {
+                // Nothing to do where it was not ours.
+                let _ = self.os.unregister(vma.range);
+            }
+            at = vma.range.end();
+        }
+    }
+
+    /// Takes a device out of the table that has no pages any more.
+    fn take_out_device(&'static self, entry: &'static Entry) {
+        drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Release, owner: None }));
+        self.drop_entry(entry);
+        self.devices.remove(entry.id());
     }
 }
 

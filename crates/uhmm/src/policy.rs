@@ -69,7 +69,15 @@ pub(crate) fn may_leave_at_need(word: &AtomicU64, now_ms: u64) -> bool {
 /// Notes that a CPU touch brought pages of the block home, `away_ms` after they had left.
 pub(crate) fn came_home(word: &AtomicU64, now_ms: u64, away_ms: u64) {
     let mut r = Residency::unpack(word.load(Relaxed));
-    r.doublings = if away_ms < r.minimum_ms() * 4 { (r.doublings + 1).min(RESIDENCY_DOUBLINGS) } else { 0 };
+    // A block comes home in several windows: they are one homecoming, which ends when the block could leave again.
+    let goes_on = r.home_ms != 0 && now_ms.saturating_sub(r.home_ms) < r.minimum_ms();
+    r.doublings = if goes_on {
+        r.doublings
+    } else if away_ms < r.minimum_ms() * 4 {
+        (r.doublings + 1).min(RESIDENCY_DOUBLINGS)
+    } else {
+        0
+    };
     r.home_ms = now_ms.max(1);
     // A racing update of the same hint may be lost; it is a hint.
     word.store(r.pack(), Relaxed);
@@ -115,6 +123,11 @@ mod tests {
             now += stays;
         }
         assert_eq!(last, RESIDENCY_MIN_MS << RESIDENCY_DOUBLINGS);
+        for _ in 0..8 {
+            came_home(&word, now, 0);
+            assert!(may_leave(&word, now + last), "the other windows of one homecoming count once");
+        }
+        now += last;
         came_home(&word, now, 1_000_000);
         assert!(may_leave(&word, now + RESIDENCY_MIN_MS), "a long absence starts anew");
     }
