@@ -1,4 +1,6 @@
 //! The orders of `uhmm run`, and the engine of this process.
+//
+// UNSAFETY: descriptors that come as numbers, and the engine behind a pointer that a signal handler may read.
 
 use std::{
     ffi::CString,
@@ -158,9 +160,8 @@ fn starter(_: usize) {
     if let Err(errno) = own_files(&mut std::iter::empty()) {
         return fail(Files::Program, format_args!("no files of its own for the engine: {errno}"));
     }
-    match set_up(orders) {
-        Ok(running) => RUNNING.store(std::ptr::from_ref(running).cast_mut(), Release),
-        Err(why) => fail(Files::Own, format_args!("{why}")),
+    if let Err(why) = set_up(orders) {
+        return fail(Files::Own, format_args!("{why}"));
     }
     // A program that lent its pages meanwhile did not find the engine.
     if LENDS_PAGES.load(Acquire) {
@@ -168,7 +169,7 @@ fn starter(_: usize) {
     }
 }
 
-fn set_up(orders: &Orders) -> Result<&'static Running, String> {
+fn set_up(orders: &Orders) -> Result<(), String> {
     // A forked child that took its parent's memory over has an engine already, with the parent's devices.
     let (mm, devices) = match Mm::existing() {
         Some(mm) => (mm, Vec::new()),
@@ -178,6 +179,11 @@ fn set_up(orders: &Orders) -> Result<&'static Running, String> {
     let running = Running { mm, pid: std::process::id(), devices };
     // It is never dropped: pages may be away until the process ends.
     let running = arena::value(running).map_err(|errno| format!("no memory: {errno}"))?;
+    {
+        // Nobody is in the middle of a change, and whoever begins one from now on finds the engine.
+        let _turn = turn::turn();
+        RUNNING.store(std::ptr::from_ref(running).cast_mut(), Release);
+    }
     if let Some(limit) = orders.resident {
         running.mm.keep_resident(limit).map_err(|why| why.to_string())?;
     }
@@ -186,7 +192,7 @@ fn set_up(orders: &Orders) -> Result<&'static Running, String> {
         let seed = seed.wrapping_add(u64::from(running.pid) << 32);
         running.mm.stress(seed, Some(running)).map_err(|why| why.to_string())?;
     }
-    Ok(running)
+    Ok(())
 }
 
 /// Opens the address space and registers the devices.
@@ -234,6 +240,11 @@ pub(crate) fn invalidate(start: VirtAddr, len: u64, cause: Cause) {
     if let Ok(range) = PageRange::covering(start, len) {
         running.mm.invalidate(range, cause);
     }
+}
+
+/// Whether this process has an engine, or is about to.
+pub(crate) fn is_ordered() -> bool {
+    ORDERS.get().is_some()
 }
 
 /// Whether this process has an engine.

@@ -18,6 +18,8 @@
 //! # Signals
 //! `errno` is left as the next function left it, and everything here may be called in a signal handler that might have
 //! called the original.
+//
+// UNSAFETY: the functions that it stands for take raw pointers and are called by C.
 
 use std::{
     arch::naked_asm,
@@ -114,10 +116,10 @@ unsafe extern "C" fn mremap(
             fn(old: *mut c_void, old_len: size_t, new_len: size_t, flags: c_int, new: *mut c_void) -> *mut c_void
         )
     };
+    let _turn = turn();
     if !engine::is_running() {
         return call();
     }
-    let _turn = turn();
     invalidate(old, old_len, Cause::Unmap);
     let fixed = flags & libc::MREMAP_FIXED != 0;
     if fixed {
@@ -167,7 +169,11 @@ unsafe extern "C" fn mremap(
 #[unsafe(no_mangle)]
 unsafe extern "C" fn madvise(start: *mut c_void, len: size_t, advice: c_int) -> c_int {
     let call = || call_next!(next::MADVISE, -1, fn(start: *mut c_void, len: size_t, advice: c_int) -> c_int);
-    if !drops_pages(advice) || !engine::is_running() {
+    if !drops_pages(advice) {
+        return call();
+    }
+    let _turn = turn();
+    if !engine::is_running() {
         return call();
     }
     invalidate(start, len, Cause::Unmap);

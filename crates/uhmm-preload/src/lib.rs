@@ -1,3 +1,5 @@
+// UNSAFETY: a preload library is entered from C: the constructor, the environment, and the calls that it interposes.
+
 //! The preload library: puts a program that nobody prepared under uhmm.
 //!
 //! `uhmm run` names it in `LD_PRELOAD` and leaves its orders in the environment (see [`uhmm::session`]). Where nothing is to

@@ -2,6 +2,8 @@
 //!
 //! See [`LimitShift`]. A limit that the kernel refuses, because the shifted one lies above the hard limit and the program
 //! has no privilege to raise that, is tried as it is.
+//
+// UNSAFETY: limits come and go through pointers of the program.
 
 use std::{ffi::c_int, sync::OnceLock};
 

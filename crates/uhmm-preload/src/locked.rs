@@ -2,6 +2,8 @@
 //!
 //! # Kernel
 //! Stands for `mlockall(2)` with `MCL_CURRENT`.
+//
+// UNSAFETY: locks mappings by their numbers.
 
 use uhmm::addr::{PageRange, VirtAddr};
 use uhmm_sys::{Errno, arena, space};

@@ -3,6 +3,8 @@
 //!
 //! All are looked up in the constructor, because a lookup is nothing that a signal handler may do. A call that comes
 //! earlier, from another library's constructor, looks its own up.
+//
+// UNSAFETY: functions are found by name, as addresses.
 
 use std::{
     ffi::{CStr, c_void},

@@ -1,4 +1,6 @@
 //! Messages to the program's standard error: one line each, without allocation, without the C library's streams.
+//
+// UNSAFETY: writes to descriptors that belong to the program.
 
 use std::{ffi::c_int, fmt::Write as _};
 

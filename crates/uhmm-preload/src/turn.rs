@@ -27,9 +27,9 @@ pub(crate) struct Turn {
     ends: bool,
 }
 
-/// Waits for the calling thread's turn, in a process with an engine.
+/// Waits for the calling thread's turn, in a process that has an engine or is about to.
 pub(crate) fn turn() -> Turn {
-    if !engine::is_running() {
+    if !engine::is_ordered() {
         return Turn { ends: false };
     }
     let own = thread::gettid();

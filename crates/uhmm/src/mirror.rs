@@ -300,15 +300,13 @@ impl<O: Os> Core<O> {
                     }
                     continue;
                 }
-                None => {
-                    match self.populate_pages(ctx, page, access) {
-                        Ok(()) => Pte::host(access),
-                        Err(Errno::NOMEM) => return Err(FaultError::NoVma { addr }),
-                        Err(Errno::FAULT | Errno::ACCESS) => return Err(FaultError::Denied { addr }),
-                        Err(Errno::INTR | Errno::AGAIN) => continue,
-                        Err(errno) => return Err(FaultError::Kernel { addr, errno }),
-                    }
-                }
+                None => match self.populate_pages(ctx, page, access) {
+                    Ok(()) => Pte::host(access),
+                    Err(Errno::NOMEM) => return Err(FaultError::NoVma { addr }),
+                    Err(Errno::FAULT | Errno::ACCESS) => return Err(FaultError::Denied { addr }),
+                    Err(Errno::INTR | Errno::AGAIN) => continue,
+                    Err(errno) => return Err(FaultError::Kernel { addr, errno }),
+                },
             };
             if let Ok(_update) = self.notifiers.commit(entry.subscription(), seq) {
                 return entry.table().set(addr, pte).map(|()| pte).map_err(|_| FaultError::TableFull { addr });

@@ -1,6 +1,10 @@
 //! Bad input, limits, and what is left behind: nothing.
+//
+// UNSAFETY: the tests make, change and watch memory by raw system calls and pointers.
+
 #![allow(unsafe_code, reason = "tests make the memory that they then watch")]
 
+#[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
 mod common;
 
 use std::time::{Duration, Instant};
@@ -190,6 +194,10 @@ const LIMITED: &str = "UHMM_TEST_LIMITED";
 
 /// Runs this executable again, with a limit to be set before the engine starts.
 fn spawn_again(what: &str) -> i32 {
+    #[expect(
+        clippy::zombie_processes,
+        reason = "its output is waited for below, and the test's process group ends with it"
+    )]
     let child = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "an_engine_under_a_limit", "--nocapture"])
         .env(LIMITED, what)
@@ -391,8 +399,10 @@ fn a_signal_handler_of_the_program_sees_only_its_own_faults() {
         use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
         static CAUGHT: AtomicU32 = AtomicU32::new(0);
         extern "C" fn handler(_signal: i32, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
-            // SAFETY: the kernel passes a valid record; for this signal it has an address.
-            let addr = unsafe { (*info).si_addr() }.addr();
+            // SAFETY: the kernel passes a valid record, which lives as long as the handler runs.
+            let info = unsafe { &*info };
+            // SAFETY: the record of this signal has an address.
+            let addr = unsafe { info.si_addr() }.addr();
             CAUGHT.fetch_add(1, Relaxed);
             // Makes the page accessible; the instruction is then tried again.
             common::kit::Via::Raw.mprotect(addr & !(PAGE - 1), PAGE, common::kit::RW);

@@ -1,7 +1,12 @@
 //! What a device sees of the address space, and what becomes of what it saw: reports, faults, its page table, exclusive
 //! pages, other devices, and devices that fail, die or go.
+//
+// UNSAFETY: the tests make, change and watch memory by raw system calls and pointers.
+// LONG: one scene for each thing that a device can see.
+
 #![allow(unsafe_code, reason = "tests make the memory that they then watch")]
 
+#[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
 mod common;
 
 use std::{
