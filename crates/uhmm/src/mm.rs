@@ -795,6 +795,11 @@ fn launch(start: Start, threads: Threads) -> Result<&'static Core<LinuxMm>, Star
     lock(&process.result).take().expect("the starter left a result")
 }
 
+/// Most handlers. On a machine with more CPUs the others' faults are served from these: each look at the gate goes over
+/// the marks of all threads.
+const MAX_HANDLERS: usize = 48;
+const _: () = assert!(MAX_HANDLERS + 8 < crate::thread::MAX_THREADS);
+
 /// Address space for the engine. Only what is used is ever memory. Nothing is given back, so that there is room for the
 /// tables of every device that comes and goes, and for a generation of forked children each.
 const ARENA_BYTES: u64 = 64 << 30;
@@ -864,7 +869,7 @@ fn set_up(start: Start) -> Result<&'static Core<LinuxMm>, StartError> {
         core.adopt(parent).map_err(StartError::Memory)?;
     }
     *lock(&process().running) = Some(core);
-    for cpu in thread::allowed_cpus().iter() {
+    for cpu in thread::allowed_cpus().iter().take(MAX_HANDLERS) {
         spawn(threads, Role::Handler, Some(cpu)).map_err(StartError::Thread)?;
     }
     for _ in 1..movers {
