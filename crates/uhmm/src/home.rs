@@ -300,7 +300,8 @@ impl<O: Os> Core<O> {
             match result.stop {
                 None => unreachable!("a call without progress says why"),
                 Some(Errno::AGAIN) => return Put::Again(done),
-                Some(Errno::INVAL) if !by_copy => by_copy = true,
+                // `EBUSY`: a child of a bare fork shares the staging page.
+                Some(Errno::INVAL | Errno::BUSY) if !by_copy => by_copy = true,
                 // The run may reach over the end of its mapping, which `COPY` refuses as a whole.
                 Some(Errno::NOENT) if by_copy && !one_by_one && run.count - done > 1 => one_by_one = true,
                 // The range lost its registration (a move that raised no event): its bytes are here still.
