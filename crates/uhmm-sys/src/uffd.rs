@@ -467,6 +467,18 @@ impl Uffd {
         self.fill(abi::IOC_ZEROPAGE, range, wake)
     }
 
+    /// Whether the address space has changed, or is about to, in a way of which the event was not read yet. What fills
+    /// holes answers `EAGAIN` then; registering does not, and would be done to memory that is not what the caller takes
+    /// it for.
+    #[must_use]
+    pub fn is_changing(&self) -> bool {
+        let mut arg = abi::Fill { range: abi::Range { start: 0, len: 0 }, mode: 0, done: 0 };
+        // An empty range is refused, but not before the kernel has looked at this.
+        // SAFETY: the structure of this ioctl, which fills nothing here.
+        let answer = unsafe { raw::ioctl(self.as_fd(), abi::IOC_ZEROPAGE, &mut arg) };
+        answer == Err(Errno::AGAIN)
+    }
+
     /// Makes a touch of the holes of `range` raise `SIGBUS` (`EHWPOISON` in system calls) from now on.
     ///
     /// # Errors

@@ -181,8 +181,14 @@ impl<O: Os> Core<O> {
         self.os.wake(page);
     }
 
-    /// Gives a block of which nothing is away back to native faults. Returns whether it was done.
+    /// Gives a block of which nothing is away back to native faults, unless mappings are to stay as they are (see
+    /// [`crate::still`]). Returns whether it was done.
     pub(crate) fn release_block(&'static self, ctx: &mut Ctx, block: Block) -> bool {
+        self.begin_out().is_some_and(|_running| self.release_block_now(ctx, block))
+    }
+
+    /// As [`Core::release_block`], in any case.
+    pub(crate) fn release_block_now(&'static self, ctx: &mut Ctx, block: Block) -> bool {
         let Ok(_inside) = self.gate.enter(ctx.slot) else { return false };
         let Some(_registration) = block.try_lock_registration() else { return false };
         // A page that is copied out of the program (see `freeze`) relies on the registration before it counts as away.
@@ -202,7 +208,14 @@ impl<O: Os> Core<O> {
         let mut done = true;
         for part in range.iter_blocks() {
             let Some(block) = self.blocks.find(part.start()) else {
-                done &= self.unregister_pieces(part);
+                for attempt in 0..ATTEMPTS {
+                    let released = self.gate.enter(ctx.slot).is_ok_and(|_inside| self.unregister_pieces(part));
+                    if released || attempt + 1 == ATTEMPTS {
+                        done &= released;
+                        break;
+                    }
+                    self.settle_events(ctx, attempt);
+                }
                 continue;
             };
             let mut released = false;
@@ -245,18 +258,37 @@ impl<O: Os> Core<O> {
         }
     }
 
-    /// Unregisters `range` VMA by VMA: the kernel refuses a range with a VMA that cannot be registered in it.
+    /// Unregisters `range` VMA by VMA: the kernel refuses a range with a VMA that cannot be registered in it. Returns
+    /// whether it did.
+    ///
+    /// An `mremap` may bring memory here with pages that are away, and the books say so only when its event is read. That
+    /// memory must stay registered: until then whoever moved it waits, and nobody else knows of it.
+    ///
+    /// # Locking
+    /// The caller is inside the gate.
     fn unregister_pieces(&self, range: PageRange) -> bool {
+        if self.os.is_changing() || self.each_piece(range, |piece| self.os.unregister(piece)).is_err() {
+            return false;
+        }
+        if !self.os.is_changing() {
+            return true;
+        }
+        // It may have come while this was under way.
+        let _ = self.each_piece(range, |piece| self.os.register(piece, RegisterMode::MISSING | RegisterMode::WP));
+        false
+    }
+
+    /// Calls `f` for the part of each VMA in `range`. What cannot be registered, or is another userfaultfd's, is passed
+    /// over.
+    fn each_piece(&self, range: PageRange, f: impl Fn(PageRange) -> Result<(), Errno>) -> Result<(), Errno> {
         let mut at = range.start();
         while let Ok(rest) = PageRange::from_ends(at, range.end()) {
-            let Ok(vma) = self.os.vma(at) else { return false };
-            let Some(piece) = vma.and_then(|v| v.range.intersection(rest)) else { return true };
-            match self.os.unregister(piece) {
-                // Not ours to unregister: another userfaultfd's, or of a kind that none has.
+            let Some(piece) = self.os.vma(at)?.and_then(|v| v.range.intersection(rest)) else { break };
+            match f(piece) {
                 Ok(()) | Err(Errno::INVAL | Errno::BUSY | Errno::NOENT) => at = piece.end(),
-                Err(_) => return false,
+                Err(errno) => return Err(errno),
             }
         }
-        true
+        Ok(())
     }
 }

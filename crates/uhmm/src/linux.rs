@@ -116,6 +116,10 @@ impl Os for LinuxMm {
         maps::anon_rss_bytes()
     }
 
+    fn is_changing(&self) -> bool {
+        self.uffd.is_changing()
+    }
+
     fn register(&self, range: PageRange, mode: RegisterMode) -> Result<(), Errno> {
         self.uffd.register(range, mode)
     }

@@ -403,9 +403,11 @@ impl<O: Os> Core<O> {
                 return TakenOut::default();
             };
             let _registration = block.lock_registration();
-            match self.os.register(piece, mode) {
-                Ok(()) => {}
-                Err(error) => stop = Some(error),
+            // What is at these addresses may have come there by a change that the books do not know yet.
+            if self.os.is_changing() {
+                stop = Some(Errno::AGAIN);
+            } else if let Err(error) = self.os.register(piece, mode) {
+                stop = Some(error);
             }
             if stop.is_none() && !frozen {
                 holes = self.move_runs(transit, berth, &mut left, &mut taken, pass, &mut stop);

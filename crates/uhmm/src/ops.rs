@@ -314,7 +314,7 @@ impl<O: Os> Core<O> {
         if left == 0 {
             self.blocks.for_each(whole, |block| {
                 for attempt in 0..crate::migrate::ATTEMPTS {
-                    if self.release_block(ctx, block) {
+                    if self.release_block_now(ctx, block) {
                         break;
                     }
                     self.settle_events(ctx, attempt);

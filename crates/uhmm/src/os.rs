@@ -81,6 +81,8 @@ pub trait Os: Send + Sync + std::fmt::Debug + 'static {
     /// Whatever reading the process's statistics answers.
     fn anon_rss(&self) -> Result<u64, Errno>;
 
+    /// Whether the address space has changed, or is about to, in a way of which the event was not read yet.
+    fn is_changing(&self) -> bool;
     /// `UFFDIO_REGISTER`.
     ///
     /// # Errors

@@ -14,8 +14,8 @@ impl Drop for Frozen {
     }
 }
 
-/// Runs `f` while no page leaves, by whatever request. Pages come home, and what is asked of the [`Mm`](crate::Mm) in `f`
-/// is done, but for migrations, which wait.
+/// Runs `f` while no page leaves and nothing is registered or unregistered, but by what is asked of the
+/// [`Mm`](crate::Mm) in `f`. Pages come home; migrations wait.
 ///
 /// # Locking
 /// Waits for what is leaving just now. Not for engine threads, nor for devices.
