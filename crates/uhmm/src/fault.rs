@@ -266,7 +266,7 @@ impl<O: Os> Core<O> {
     ///
     /// # Locking
     /// The caller is inside the gate.
-    fn unregister_pieces(&self, range: PageRange) -> bool {
+    pub(crate) fn unregister_pieces(&self, range: PageRange) -> bool {
         if self.os.is_changing() || self.each_piece(range, |piece| self.os.unregister(piece)).is_err() {
             return false;
         }

@@ -168,7 +168,7 @@ impl<O: Os> Core<O> {
         for part in present.runs() {
             let range = transit.block().run(part);
             self.own_drops.announce(ctx.slot, range);
-            if self.own_drops.changes.load(SeqCst) != changes {
+            if self.own_drops.changes.load(SeqCst) != changes || self.os.is_changing() {
                 self.own_drops.withdraw(ctx.slot);
                 return Err(Errno::AGAIN);
             }

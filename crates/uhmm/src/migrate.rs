@@ -471,6 +471,9 @@ impl<O: Os> Core<O> {
         // What is there now need not be what was there when this began.
         let vma = self.os.vma(piece.start())?.filter(|v| v.range.contains_range(piece) && refusal(v).is_none());
         vma.ok_or(Errno::INVAL)?;
+        if self.os.is_changing() {
+            return Err(Errno::AGAIN);
+        }
         self.os.register(piece, RegisterMode::MISSING | RegisterMode::WP)
     }
 

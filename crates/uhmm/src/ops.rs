@@ -321,7 +321,7 @@ impl<O: Os> Core<O> {
                 }
                 ControlFlow::Continue(())
             });
-            self.unregister_rest();
+            self.unregister_rest(ctx);
             // Whoever could use one of them holds the address space too, and nobody does.
             self.devices.for_each(|entry| {
                 entry.leave();
@@ -333,14 +333,19 @@ impl<O: Os> Core<O> {
     }
 
     /// Unregisters memory that belongs to no record: mappings that grew, or that `mremap` brought somewhere else.
-    fn unregister_rest(&'static self) {
+    fn unregister_rest(&'static self, ctx: &mut Ctx) {
         let mut at = VirtAddr::new(0);
         while let Ok(Some(vma)) = self.os.vma(at) {
-            if refusal(&vma) != Some(PageOutcome::Special) && !vma.range.overlaps(self.staging.range()) {
-                // Nothing to do where it was not ours.
-                let _ = self.os.unregister(vma.range);
-            }
             at = vma.range.end();
+            if refusal(&vma) == Some(PageOutcome::Special) || vma.range.overlaps(self.staging.range()) {
+                continue;
+            }
+            for attempt in 0..crate::migrate::ATTEMPTS {
+                if self.gate.enter(ctx.slot).is_ok_and(|_inside| self.unregister_pieces(vma.range)) {
+                    break;
+                }
+                self.settle_events(ctx, attempt);
+            }
         }
     }
 
