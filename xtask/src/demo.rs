@@ -16,7 +16,7 @@ use crate::{root, target_dir, temp::TempDir};
 #[derive(Debug, clap::Args)]
 pub struct Options {
     /// Size of the text file, in megabytes.
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, default_value_t = 60)]
     megabytes: u64,
     /// Memory that the program may keep in RAM.
     #[arg(long, default_value = "64M")]

@@ -251,7 +251,8 @@ fn loom(setting: &Setting, log: &Path) -> Result<Verdict> {
 
 /// `cargo xtask programs`, as a process of its own: its output is the log.
 fn real_programs(_: &Setting, log: &Path) -> Result<Verdict> {
-    logged(Command::new(std::env::current_exe()?).arg("programs"), log, minutes(20))
+    // By way of cargo: this program's own file may have been built anew meanwhile.
+    logged(cargo().args(["run", "--quiet", "--package", "xtask", "--", "programs"]), log, minutes(20))
 }
 
 /// A test binary and the directory that its tests expect to run in.
