@@ -16,6 +16,7 @@
 //!        |  fork ------ child: a starter of its own
 //! ```
 //!
+//! - [`atfork`][]: being first after a fork.
 //! - [`engine`][]: orders, and the engine of this process.
 //! - [`interpose`][]: functions of the C library that this library stands in front of.
 //! - [`limits`][]: limits of address space, as the program is to see them.
@@ -34,6 +35,7 @@
 // UNSAFETY: stands in front of functions of the C library, which are called with whatever the program passes.
 
 #[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
+mod atfork;
 mod engine;
 mod interpose;
 mod limits;

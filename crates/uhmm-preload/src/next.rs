@@ -71,4 +71,5 @@ functions! {
     SETRLIMIT = c"setrlimit",
     GETRLIMIT = c"getrlimit",
     PRLIMIT = c"prlimit",
+    REGISTER_ATFORK = c"__register_atfork",
 }
