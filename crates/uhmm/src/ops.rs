@@ -215,6 +215,8 @@ impl<O: Os> Core<O> {
     }
 
     fn register_device(&'static self, device: DeviceRef) -> Reply {
+        // A device that came between the reader's closing its gate and opening it would be told of one of them only.
+        let _reader = self.lock_reader();
         match self.devices.add(|id| self.make_entry(id, device.0, None)) {
             Ok(entry) => Reply::Registered(entry.id()),
             Err(AddError::TooMany) => Reply::TooManyDevices,
@@ -353,6 +355,7 @@ impl<O: Os> Core<O> {
     fn take_out_device(&'static self, entry: &'static Entry) {
         drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Release, owner: None }));
         self.drop_entry(entry);
+        let _reader = self.lock_reader();
         self.devices.remove(entry.id());
     }
 }
