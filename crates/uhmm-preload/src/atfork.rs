@@ -20,12 +20,10 @@ type Handler = Option<unsafe extern "C" fn()>;
 
 static FIRST: AtomicBool = AtomicBool::new(true);
 
-/// Registers our handlers if none were yet. `pthread_atfork` comes back to [`__register_atfork`], which passes it on.
-fn register_ours() {
-    if FIRST.swap(false, AcqRel) {
-        // Where that fails there is no memory for the program's own either; the engine will not start.
-        let _ = fork::register();
-    }
+/// Registers our handlers if they were not yet. `pthread_atfork` comes back to [`__register_atfork`], which passes it on.
+pub(crate) fn register_ours() -> bool {
+    // Not again from within: what registers once waits for itself then.
+    !FIRST.swap(false, AcqRel) || fork::register()
 }
 
 /// Stands for what `pthread_atfork(3)` calls in the C library.
@@ -39,7 +37,8 @@ pub unsafe extern "C" fn __register_atfork(
     child: Handler,
     dso: *mut c_void,
 ) -> c_int {
-    register_ours();
+    // Where that fails there is no memory for the program's own either; the engine will not start.
+    let _ = register_ours();
     call_next!(
         next::REGISTER_ATFORK,
         libc::ENOMEM,

@@ -32,7 +32,7 @@ use uhmm_devices::soft::{SoftConfig, SoftDevice};
 use uhmm_sys::{arena, exclude, files::own_files, maps::Maps, space, thread};
 
 use crate::{
-    Environment, limits,
+    Environment, atfork, limits,
     say::{Files, report_panics, say},
     turn,
 };
@@ -92,7 +92,7 @@ pub(crate) fn start(environment: &Environment) {
     report_panics();
     // Here, where no other thread can fork meanwhile: the first call takes a lock of the dynamic linker's.
     exclude::engine_statics(&mut |_| ());
-    if !fork::register() {
+    if !atfork::register_ours() {
         return fail(Files::Program, format_args!("forks cannot be followed"));
     }
     fork::after_fork_in_child(in_child);
