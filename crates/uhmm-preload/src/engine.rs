@@ -15,7 +15,7 @@ use std::{
             Ordering::{Acquire, Relaxed, Release},
         },
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use uhmm::{
@@ -29,7 +29,12 @@ use uhmm::{
     trace::{Counter, Stats},
 };
 use uhmm_devices::soft::{SoftConfig, SoftDevice};
-use uhmm_sys::{arena, exclude, files::own_files, maps::Maps, space, thread};
+use uhmm_sys::{
+    arena, exclude,
+    files::own_files,
+    maps::{Maps, anon_rss_bytes},
+    space, thread,
+};
 
 use crate::{
     Environment, atfork, limits,
@@ -39,6 +44,8 @@ use crate::{
 
 /// How long a program runs before an engine is started for it. What ends sooner never pays for one.
 const HEAD_START: Duration = Duration::from_millis(20);
+/// How often to look whether the program takes so much memory that there is no time to lose.
+const STEP: Duration = Duration::from_millis(2);
 /// How long a stress access of a device fights for a page before the next one has its turn.
 const ACCESS_BUDGET: Duration = Duration::from_millis(20);
 
@@ -154,8 +161,8 @@ fn in_child() {
 }
 
 fn starter(_: usize) {
-    std::thread::sleep(HEAD_START);
     let Some(orders) = ORDERS.get() else { return };
+    wait_until_worth_it(orders);
     // Before the devices are made, whose files the engine's threads inherit.
     if let Err(errno) = own_files(&mut std::iter::empty()) {
         return fail(Files::Program, format_args!("no files of its own for the engine: {errno}"));
@@ -166,6 +173,15 @@ fn starter(_: usize) {
     // A program that lent its pages meanwhile did not find the engine.
     if LENDS_PAGES.load(Acquire) {
         lends_pages();
+    }
+}
+
+/// Waits until the program has shown that it will last, or that it takes memory fast.
+fn wait_until_worth_it(orders: &Orders) {
+    let enough = orders.resident.map_or(u64::MAX, |limit| limit / 4);
+    let started = Instant::now();
+    while started.elapsed() < HEAD_START && anon_rss_bytes().is_ok_and(|bytes| bytes < enough) {
+        std::thread::sleep(STEP);
     }
 }
 

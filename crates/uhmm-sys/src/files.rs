@@ -154,6 +154,25 @@ pub fn own_files(keep: &mut dyn Iterator<Item = RawFd>) -> Result<(), Errno> {
     close_range(first, Some(u32::MAX))
 }
 
+/// Lets go of standard input and output: they lead to `/dev/null` from now on.
+///
+/// For a process that waits for another one which has them too: whoever is at the other end of a pipe shall see when that
+/// one closes its end.
+///
+/// # Errors
+/// `ENOENT`: no `/dev/null`. `EMFILE`, `ENFILE`.
+///
+/// # Kernel
+/// `dup2(2)`.
+pub fn let_go_of_streams() -> Result<(), Errno> {
+    let null = raw::open(c"/dev/null", libc::O_RDWR)?;
+    for stream in [libc::STDIN_FILENO, libc::STDOUT_FILENO] {
+        // SAFETY: replaces a descriptor that Rust treats as always open, by one that is.
+        unsafe { raw::syscall(libc::SYS_dup3, [raw::fd_arg(null.as_fd()), raw::arg(stream), 0]) }?;
+    }
+    Ok(())
+}
+
 /// Closes `first..=last`; `None` stands for what is before the first number.
 fn close_range(first: u32, last: Option<u32>) -> Result<(), Errno> {
     match last {

@@ -108,13 +108,12 @@ fn try_run(args: &Args) -> Result<ExitCode, Failure> {
     let program = program::find(name)?;
     let library = find_library()?;
     if orders.moves() {
+        raise_limit(&orders)?;
         check_machine(&orders)?;
     }
-    for spec in &orders.devices {
-        check_device(spec)?;
-    }
-    if orders.moves() {
-        raise_limit(&orders)?;
+    // What nobody named can only fail where it is used.
+    if !args.devices.is_empty() {
+        orders.devices.iter().try_for_each(check_device)?;
     }
 
     let mut command = Command::new(&program);

@@ -9,7 +9,10 @@ use std::{
     process::{Command, ExitCode, ExitStatus},
 };
 
-use uhmm_sys::signal::{self, Arrived, Sender, SignalFd, SignalSet};
+use uhmm_sys::{
+    files,
+    signal::{self, Arrived, Sender, SignalFd, SignalSet},
+};
 
 /// How the program ended.
 #[derive(Debug)]
@@ -34,6 +37,8 @@ pub fn run(command: &mut Command) -> io::Result<End> {
     signal::block_at_exec(command, before);
     let signals = SignalFd::open(SignalSet::FORWARDABLE)?;
     let mut child = command.spawn()?;
+    // The summary goes to standard error. Where this fails, the far end of a pipe learns of its closing only at our end.
+    let _ = files::let_go_of_streams();
     loop {
         // One `SIGCHLD` can stand for several, and one may have come before this.
         if let Some(status) = child.try_wait()? {

@@ -1,0 +1,708 @@
+//! `uhmm run` on small programs that check themselves: whatever it does, they cannot tell.
+//!
+//! The programs are in `programs/`, and compiled here. Where memory is to move they run strictly: a program that could
+//! not be put under management fails.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::{
+        fs::PermissionsExt,
+        process::{CommandExt, ExitStatusExt},
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+const UHMM: &str = env!("CARGO_BIN_EXE_uhmm");
+/// No program takes as long, on whatever machine.
+const LIMIT: Duration = Duration::from_secs(180);
+
+const SIGINT: i32 = 2;
+const SIGSEGV: i32 = 11;
+const SIGTERM: i32 = 15;
+
+// The means.
+
+/// The preload library, built where it is not.
+fn library() -> &'static Path {
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+    LIBRARY.get_or_init(|| {
+        let dir = Path::new(UHMM).parent().unwrap();
+        let library = dir.join("libuhmm_preload.so");
+        let mut build = Command::new(option_env!("CARGO").unwrap_or("cargo"));
+        build.args(["build", "--quiet", "--offline", "-p", "uhmm-preload", "--target-dir"]).arg(dir.parent().unwrap());
+        if dir.ends_with("release") {
+            build.arg("--release");
+        }
+        // Another user, who runs what was built before, has neither cargo nor the right to write there.
+        let built = build.current_dir(env!("CARGO_MANIFEST_DIR")).status().is_ok_and(|status| status.success());
+        assert!(built || library.exists(), "{} cannot be built", library.display());
+        library
+    })
+}
+
+/// A directory of the test's own, removed at the end. Everybody may enter it.
+struct Dir(PathBuf);
+
+impl Dir {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("uhmm-run-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        Self(path)
+    }
+
+    fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// Compiles one of the programs.
+    fn program(&self, name: &str) -> PathBuf {
+        self.compile(name, name, &[])
+    }
+
+    fn compile(&self, source: &str, name: &str, options: &[&str]) -> PathBuf {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs").join(format!("{source}.c"));
+        let to = self.join(name);
+        let mut gcc = Command::new("gcc");
+        gcc.args(["-O1", "-Wall", "-Wextra", "-Werror", "-pthread"]).args(options).arg("-o").arg(&to).arg(source);
+        let output = gcc.output().expect("gcc is installed");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        to
+    }
+
+    fn script(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.join(name);
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// `uhmm run` with these options, as the user that runs the tests.
+fn uhmm(options: &[&str]) -> Command {
+    library();
+    let mut command = Command::new(UHMM);
+    command
+        .arg("run")
+        .args(options)
+        .arg("--")
+        .env_remove("LD_PRELOAD")
+        .env_remove("UHMM_PRELOAD")
+        .env("UHMM_STRICT", "1");
+    command
+}
+
+/// How something ended.
+struct Done {
+    status: ExitStatus,
+    out: Vec<u8>,
+    err: String,
+}
+
+impl Done {
+    fn code(&self) -> i32 {
+        self.status.code().unwrap_or_else(|| panic!("{}: {}", self.status, self.err))
+    }
+
+    fn text(&self) -> &str {
+        str::from_utf8(&self.out).unwrap()
+    }
+
+    /// The figures that `--stats=json` printed.
+    fn figures(&self) -> Value {
+        let line =
+            self.err.lines().rfind(|line| line.starts_with('{')).unwrap_or_else(|| panic!("no JSON: {}", self.err));
+        serde_json::from_str(line).unwrap()
+    }
+}
+
+/// Runs to the end, with `input`. What does not end is killed, and has failed.
+fn run_with(command: &mut Command, input: &[u8]) -> Done {
+    let mut child = start(command);
+    let mut stdin = child.stdin.take().unwrap();
+    std::thread::scope(|scope| {
+        // It need not read all.
+        scope.spawn(move || drop(stdin.write_all(input)));
+        finish(child)
+    })
+}
+
+fn run(command: &mut Command) -> Done {
+    run_with(command, b"")
+}
+
+/// Starts it in a process group of its own, with pipes.
+fn start(command: &mut Command) -> Child {
+    command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn finish(mut child: Child) -> Done {
+    fn read(mut stream: impl Read) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let _ = stream.read_to_end(&mut bytes);
+        bytes
+    }
+    let (out, err) = (child.stdout.take(), child.stderr.take().unwrap());
+    std::thread::scope(|scope| {
+        let out = scope.spawn(move || out.map(read).unwrap_or_default());
+        let err = scope.spawn(move || read(err));
+        let begin = Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if begin.elapsed() > LIMIT {
+                signal(SIGKILL_GROUP, &format!("-{}", child.id()));
+                child.wait().unwrap();
+                panic!("no end within {LIMIT:?}: {}", String::from_utf8_lossy(&err.join().unwrap()));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        let (out, err) = (out.join().unwrap(), String::from_utf8_lossy(&err.join().unwrap()).into_owned());
+        Done { status, out, err }
+    })
+}
+
+const SIGKILL_GROUP: i32 = 9;
+
+/// Sends a signal to a process, or to the group of `-ID`.
+fn signal(signal: i32, to: &str) {
+    let status = Command::new("kill").args([&format!("-{signal}"), "--", to]).status().unwrap();
+    assert!(status.success(), "kill -{signal} {to}");
+}
+
+fn is_root() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    status.lines().any(|line| line.starts_with("Uid:") && line.split_whitespace().nth(2) == Some("0"))
+}
+
+/// Whether memory can be moved here. Says why not, once a test.
+fn moves() -> bool {
+    let done = run(Command::new(UHMM).args(["doctor", "--json"]));
+    let report: Value = serde_json::from_slice(&done.out).unwrap();
+    let capabilities = report["capabilities"].as_array().unwrap();
+    let missing = capabilities.iter().find(|cap| cap["name"] == "kernelfaults" && cap["status"] != "ok");
+    if let Some(cap) = missing {
+        println!("skipped: no kernel-mode faults ({})", cap["detail"]);
+    }
+    missing.is_none()
+}
+
+/// The ways in which a program runs: as it is, moved about, and with little room.
+const WAYS: [&[&str]; 3] =
+    [&["--stats=json"], &["--stats=json", "--stress"], &["--stats=json", "--resident", "4M", "--device", "soft:1G"]];
+
+/// Runs a program in each way; it must end well. Where memory moves and the program lives long enough, some must have
+/// left and come home.
+fn in_each_way(program: &Path, arguments: &[&str]) {
+    let moves = moves();
+    for way in WAYS {
+        if !moves && way.len() > 1 {
+            continue;
+        }
+        let done = run(uhmm(way).arg(program).args(arguments));
+        assert_eq!(done.status.code(), Some(0), "{way:?}: {}: {}", done.status, done.err);
+        let figures = done.figures();
+        let [out, home, processes] =
+            ["pages_staged", "pages_home", "processes"].map(|name| figures[name].as_u64().unwrap());
+        if way.len() > 1 {
+            assert!(out > 0 && processes > 0, "{way:?}: nothing moved: {}", done.err);
+        } else {
+            assert_eq!((out, home, processes), (0, 0, 0), "nothing was to move: {}", done.err);
+        }
+    }
+}
+
+// Status, streams and signals.
+
+#[test]
+fn the_exit_status_is_the_programs() {
+    for options in [&[][..], &["--stats"], &["--quiet"]] {
+        for code in [0, 1, 7, 125, 255] {
+            let done = run(uhmm(options).args(["sh", "-c", &format!("exit {code}")]));
+            assert_eq!(done.code(), code, "{options:?}");
+            assert_eq!(done.err.is_empty(), options != ["--stats"], "{}", done.err);
+        }
+    }
+}
+
+#[test]
+fn a_program_that_dies_by_a_signal_is_seen_to() {
+    for options in [&[][..], &["--stats"]] {
+        for by in [SIGTERM, SIGINT, SIGSEGV] {
+            let done = run(uhmm(options).args(["sh", "-c", &format!("kill -{by} $$")]));
+            assert_eq!(done.status.signal(), Some(by), "{options:?}: {}", done.err);
+        }
+    }
+}
+
+#[test]
+fn streams_are_passed_through_byte_for_byte() {
+    let input: Vec<u8> = (0..3_000_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    let options = if moves() { &["--stress", "--stats"][..] } else { &["--stats"] };
+    let done = run_with(uhmm(options).arg("cat"), &input);
+    assert_eq!(done.code(), 0, "{}", done.err);
+    assert!(done.out == input, "{} bytes went in, {} others came out", input.len(), done.out.len());
+    assert!(done.err.starts_with("uhmm: "), "{}", done.err);
+}
+
+#[test]
+fn what_is_not_there_or_cannot_run_has_the_status_that_env_gives() {
+    let dir = Dir::new("cannot");
+    let text = dir.join("text");
+    fs::write(&text, "no program").unwrap();
+    let text = text.to_str().unwrap();
+    for (program, code, says) in [
+        ("/no/such/program", 127, "no such file"),
+        ("no-such-program-anywhere", 127, "no such program in PATH"),
+        ("/tmp", 126, "is a directory"),
+        (text, 126, "permission denied"),
+    ] {
+        let done = run(uhmm(&[]).arg(program));
+        assert_eq!(done.code(), code, "{program}: {}", done.err);
+        assert!(done.err.contains(says), "{program}: {}", done.err);
+        assert_eq!(done.err.lines().count(), 1, "{}", done.err);
+    }
+}
+
+#[test]
+fn a_program_that_loads_no_library_is_refused() {
+    let dir = Dir::new("static");
+    let program = dir.compile("hello", "hello", &["-static"]);
+    let pie = dir.compile("hello", "hello-pie", &["-static-pie"]);
+    let script = dir.script("script", &format!("#!{}\n", program.display()));
+    for program in [program, pie, script] {
+        let done = run(uhmm(&[]).arg(&program));
+        assert_eq!(done.code(), 126);
+        assert!(done.err.contains("is statically linked"), "{}", done.err);
+        assert!(done.out.is_empty());
+    }
+}
+
+#[test]
+fn a_program_with_privileges_of_its_own_is_refused() {
+    let dir = Dir::new("setuid");
+    if !is_root() {
+        println!("skipped: only root can make a program another user's");
+        return;
+    }
+    let program = dir.program("hello");
+    for (owner, mode, says) in [("65534:0", 0o4755, "is setuid"), ("0:65534", 0o2755, "is setgid")] {
+        assert!(Command::new("chown").arg(owner).arg(&program).status().unwrap().success());
+        fs::set_permissions(&program, fs::Permissions::from_mode(mode)).unwrap();
+        let done = run(uhmm(&[]).arg(&program));
+        assert_eq!(done.code(), 126);
+        assert!(done.err.contains(says), "{}", done.err);
+    }
+    // Setuid to who it is anyway changes nothing.
+    assert!(Command::new("chown").arg("0:0").arg(&program).status().unwrap().success());
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o4755)).unwrap();
+    assert_eq!(run(uhmm(&[]).arg(&program)).text(), "hello\n");
+}
+
+#[test]
+fn scripts_run_by_their_interpreters() {
+    let dir = Dir::new("script");
+    let options = if moves() { &["--stress", "--quiet"][..] } else { &[] };
+    for first in ["#!/bin/sh", "#! /usr/bin/env sh"] {
+        let script = dir.script("script", &format!("{first}\necho $1; exit 3\n"));
+        let done = run(uhmm(options).args([script.as_os_str(), OsStr::new("argument")]));
+        assert_eq!((done.code(), done.text()), (3, "argument\n"), "{}", done.err);
+    }
+}
+
+#[test]
+fn devices_that_cannot_be_are_named_before_the_program_runs() {
+    let dir = Dir::new("device");
+    let dir = dir.0.to_str().unwrap();
+    let huge = format!("soft:8000G,file={dir}");
+    let missing = format!("soft:1G,file={dir}/none");
+    for (device, says) in [
+        ("soft:0", "must not be 0"),
+        ("soft:lots", "is no size"),
+        ("soft:1000", "not a multiple of 2 MiB"),
+        ("soft", "is no size"),
+        ("hard:1G", "no device kind"),
+        ("soft:1G,fast", "no option `fast`"),
+        (&huge, "bytes free"),
+        (&missing, "No such file"),
+    ] {
+        let done = run(uhmm(&["--device", device]).args(["echo", "ran"]));
+        assert_eq!(done.code(), 125, "{device}");
+        assert!(
+            done.err.contains(says) && done.err.contains("--device soft") | done.err.contains("--device hard"),
+            "{}",
+            done.err
+        );
+        assert!(done.out.is_empty());
+    }
+    for (option, says) in [("--resident=0", "must not be 0"), ("--stress=x", "a seed is a number")] {
+        let done = run(uhmm(&[option]).args(["echo", "ran"]));
+        assert_eq!(done.code(), 125, "{option}");
+        assert!(done.err.contains(says) && done.out.is_empty(), "{}", done.err);
+    }
+    let well = format!("soft:64M,file={dir}");
+    let done = run(uhmm(&["--device", &well, "--device", "soft:2M,coherent"]).args(["echo", "ran"]));
+    assert_eq!((done.code(), done.text()), (0, "ran\n"), "{}", done.err);
+    assert_eq!(fs::read_dir(dir).unwrap().count(), 0, "the device's file has no name");
+}
+
+#[test]
+fn a_library_that_is_not_there_is_named() {
+    let done = run(uhmm(&[]).env("UHMM_PRELOAD", "/no/such/library.so").arg("true"));
+    assert_eq!(done.code(), 125);
+    assert!(done.err.contains("/no/such/library.so"), "{}", done.err);
+}
+
+#[test]
+fn who_may_not_serve_the_kernels_faults_runs_programs_but_moves_nothing() {
+    let dir = Dir::new("nobody");
+    let program = dir.program("hello");
+    library();
+    let nobody = |options: &[&str]| {
+        let mut command = if is_root() {
+            let mut command = Command::new("setpriv");
+            command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--", UHMM]);
+            command
+        } else {
+            Command::new(UHMM)
+        };
+        command.arg("run").args(options).arg("--").arg(&program);
+        run(&mut command)
+    };
+    let done = nobody(&[]);
+    if done.status.code() == Some(127) || done.err.contains("setpriv: failed to execute") {
+        println!("skipped: nobody cannot run {UHMM}");
+        return;
+    }
+    assert_eq!((done.code(), done.text()), (0, "hello\n"), "{}", done.err);
+    let granted = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").is_ok_and(|text| text.trim() == "1");
+    for option in ["--resident=1G", "--stress"] {
+        let done = nobody(&[option]);
+        if granted {
+            assert_eq!((done.code(), done.text()), (0, "hello\n"), "{}", done.err);
+        } else {
+            assert_eq!(done.code(), 125, "{}", done.err);
+            assert!(done.err.contains("sysctl vm.unprivileged_userfaultfd=1"), "{}", done.err);
+            assert!(done.out.is_empty(), "the program ran");
+        }
+    }
+}
+
+/// Starts `interrupt.c` and waits until it works.
+fn interruptible(dir: &Dir, options: &[&str]) -> (Child, BufReader<std::process::ChildStdout>) {
+    let mut child = start(uhmm(options).arg(dir.program("interrupt")));
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    out.read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    (child, out)
+}
+
+#[test]
+fn ctrl_c_loses_nothing() {
+    let dir = Dir::new("ctrl-c");
+    let options = if moves() { &["--stress", "--stats=json"][..] } else { &["--stats=json"] };
+    let (child, mut out) = interruptible(&dir, options);
+    std::thread::sleep(Duration::from_millis(300));
+    // A terminal sends it to the whole foreground group.
+    signal(SIGINT, &format!("-{}", child.id()));
+    let done = finish(child);
+    let mut text = String::new();
+    out.read_to_string(&mut text).unwrap();
+    // From the group, and perhaps passed on: who sent it, a terminal or a process, is not the same to us.
+    assert!(text.starts_with("signal 2, "), "{text}{}", done.err);
+    assert_eq!(done.code(), 40 + SIGINT, "{}", done.err);
+    assert!(done.figures()["pages_out"].is_u64(), "the summary was printed");
+}
+
+#[test]
+fn a_signal_to_uhmm_reaches_the_program_once() {
+    let dir = Dir::new("forward");
+    let (child, mut out) = interruptible(&dir, &["--stats=json"]);
+    signal(SIGTERM, &child.id().to_string());
+    let done = finish(child);
+    let mut text = String::new();
+    out.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "signal 15, 1 times\n");
+    assert_eq!(done.code(), 40 + SIGTERM);
+}
+
+#[test]
+fn without_a_summary_uhmm_becomes_the_program() {
+    let dir = Dir::new("become");
+    let (child, mut out) = interruptible(&dir, &[]);
+    let name = fs::read_to_string(format!("/proc/{}/comm", child.id())).unwrap();
+    assert_eq!(name.trim(), "interrupt");
+    signal(SIGTERM, &child.id().to_string());
+    let done = finish(child);
+    let mut text = String::new();
+    out.read_to_string(&mut text).unwrap();
+    assert_eq!((text.as_str(), done.code()), ("signal 15, 1 times\n", 40 + SIGTERM));
+}
+
+// Programs that look closely.
+
+#[test]
+fn plain_memory_keeps_its_bytes() {
+    let dir = Dir::new("work");
+    in_each_way(&dir.program("work"), &[]);
+}
+
+#[test]
+fn a_handler_for_sigsegv_works() {
+    let dir = Dir::new("segv");
+    in_each_way(&dir.program("segv"), &[]);
+}
+
+#[test]
+fn a_userfaultfd_of_the_programs_own_works() {
+    let dir = Dir::new("userfault");
+    if !moves() {
+        return;
+    }
+    in_each_way(&dir.program("userfault"), &[]);
+}
+
+#[test]
+fn locked_memory_stays_correct() {
+    let dir = Dir::new("locked");
+    let program = dir.program("locked");
+    let moves = moves();
+    for when in ["early", "late"] {
+        for way in WAYS {
+            if moves || way.len() == 1 {
+                let done = run(uhmm(way).arg(&program).arg(when));
+                assert_eq!(done.code(), 0, "{way:?} {when}: {}", done.err);
+            }
+        }
+    }
+}
+
+#[test]
+fn limits_of_address_space_are_as_without_uhmm() {
+    let dir = Dir::new("limit");
+    let program = dir.program("limit");
+    let moves = moves();
+    // `CAP_SYS_RESOURCE`, which a container's root may not have.
+    let raises = run(Command::new("bash").args(["-c", "ulimit -Hv 1048576 && ulimit -Hv 2097152"])).code() == 0;
+    for way in WAYS {
+        if !moves && way.len() > 1 {
+            continue;
+        }
+        for arguments in [&[][..], &["late"]] {
+            let done = run(uhmm(way).arg(&program).args(arguments));
+            assert_eq!(done.code(), 0, "{way:?} {arguments:?}: {}", done.err);
+        }
+        // Set before uhmm runs. Where the hard limit cannot be raised there is no room for an engine.
+        let line = format!(
+            "ulimit -Sv 1048576; ulimit -Hv 2097152; exec {UHMM} run {} -- {} inherited",
+            way.join(" "),
+            program.display()
+        );
+        let done = run(Command::new("bash").args(["-c", &line]).env("UHMM_STRICT", "1"));
+        let refused = !raises && way.len() > 1;
+        assert_eq!(done.code(), if refused { 125 } else { 0 }, "{way:?} inherited: {}", done.err);
+        assert!(!refused || done.err.contains("ulimit -v"), "{}", done.err);
+    }
+}
+
+#[test]
+fn mappings_are_moved_grown_cut_and_dropped_by_three_threads() {
+    let dir = Dir::new("remap");
+    in_each_way(&dir.program("remap"), &[]);
+}
+
+#[test]
+fn forked_children_see_the_moment_of_their_fork() {
+    let dir = Dir::new("forks");
+    let program = dir.program("forks");
+    in_each_way(&program, &[]);
+    if moves() {
+        let device = format!("soft:1G,file={}", dir.0.display());
+        let done = run(uhmm(&["--stats=json", "--resident", "2M", "--device", &device]).arg(&program));
+        assert_eq!(done.code(), 0, "{}", done.err);
+        let figures = done.figures();
+        assert!(figures["forks"].as_u64().unwrap() > 0 && figures["processes"].as_u64().unwrap() > 1, "{figures}");
+    }
+}
+
+#[test]
+fn pages_lent_to_a_pipe_keep_their_bytes() {
+    let dir = Dir::new("lend");
+    in_each_way(&dir.program("lend"), &[]);
+}
+
+#[test]
+fn sixty_thousand_mappings_are_borne() {
+    let dir = Dir::new("many");
+    in_each_way(&dir.program("many"), &[]);
+}
+
+#[test]
+fn thread_local_storage_of_a_late_library_works() {
+    let dir = Dir::new("storage");
+    let library = dir.compile("storage_library", "libstorage.so", &["-shared", "-fPIC"]);
+    in_each_way(&dir.program("storage"), &[library.to_str().unwrap()]);
+}
+
+#[test]
+fn the_programs_files_are_its_own() {
+    let dir = Dir::new("files");
+    let program = dir.program("files");
+    let moves = moves();
+    let bare = run(&mut Command::new(&program)).text().to_owned();
+    for way in WAYS {
+        if !moves && way.len() > 1 {
+            continue;
+        }
+        let mut child = start(uhmm(way).arg(&program));
+        let mut out = child.stdout.take().unwrap();
+        // Ends when the program closes its end, while it runs on.
+        let mut text = String::new();
+        out.read_to_string(&mut text).unwrap();
+        assert_eq!(text, bare, "{way:?}");
+        assert!(child.try_wait().unwrap().is_none(), "{way:?}: it waits for the end of its input");
+        drop(child.stdin.take());
+        let done = finish(child);
+        assert_eq!(done.code(), 0, "{way:?}: {}", done.err);
+    }
+}
+
+#[test]
+fn pipelines_of_short_lived_programs_give_the_same() {
+    let line = "for i in 1 2 3; do seq 1 30000 | sort -R --random-source=/dev/zero | sort -n | tail -n 1000 | cksum; done; \
+                (sleep 0.1; echo late) & wait; echo $(echo $(echo nested))";
+    let bare = run(Command::new("bash").args(["-c", line]));
+    assert_eq!(bare.code(), 0);
+    let moves = moves();
+    for way in WAYS {
+        if moves || way.len() == 1 {
+            let done = run(uhmm(way).args(["bash", "-c", line]));
+            assert_eq!((done.code(), done.text()), (0, bare.text()), "{way:?}: {}", done.err);
+        }
+    }
+}
+
+#[test]
+fn python_forks_workers() {
+    let program = "
+import multiprocessing, hashlib, time
+big = [str(n) * 3 for n in range(200000)]
+def work(n):
+    time.sleep(0.05)
+    return hashlib.md5(''.join(big[n::7]).encode()).hexdigest()
+if __name__ == '__main__':
+    time.sleep(0.2)
+    with multiprocessing.get_context('fork').Pool(3) as pool:
+        print(pool.map(work, range(12)))
+    print(hashlib.md5(''.join(big).encode()).hexdigest())
+";
+    let bare = run(Command::new("python3").args(["-c", program]));
+    assert_eq!(bare.code(), 0, "{}", bare.err);
+    if moves() {
+        for way in &WAYS[1..] {
+            let done = run(uhmm(way).args(["python3", "-c", program]));
+            assert_eq!((done.code(), done.text()), (0, bare.text()), "{way:?}: {}", done.err);
+        }
+    }
+}
+
+// Orders.
+
+#[test]
+fn memory_in_ram_is_kept_near_the_limit() {
+    let dir = Dir::new("resident");
+    let program = dir.program("work");
+    if !moves() {
+        return;
+    }
+    // Eight times as much as may stay; the rest is in a file, which is nobody's memory. It grows no faster than a program
+    // that computes something, so that the peak counts from the start.
+    let device = format!("soft:1G,file={}", dir.0.display());
+    let mut command = uhmm(&["--stats=json", "--resident", "32M", "--device", &device]);
+    let child = start(command.arg(&program).args(["256", "3", "4"]));
+    let pid = child_of(child.id(), "work");
+    let mut peak = 0;
+    while let Some(kib) = anonymous_kib(pid) {
+        peak = peak.max(kib);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let done = finish(child);
+    assert_eq!(done.code(), 0, "{}", done.err);
+    let allowed = (32 + 32 * 15 / 100 + 64) * 1024;
+    assert!(peak > 0 && peak < allowed, "{peak} KiB of anonymous memory in RAM, {allowed} allowed; {}", done.err);
+    assert!(done.figures()["bytes_out"].as_u64().unwrap() > 200 << 20, "{}", done.err);
+}
+
+/// The child of a process that runs a program of that name, once it has one.
+fn child_of(pid: u32, name: &str) -> u32 {
+    let begin = Instant::now();
+    loop {
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        let runs =
+            |child: &&str| fs::read_to_string(format!("/proc/{child}/comm")).is_ok_and(|comm| comm.trim() == name);
+        if let Some(child) = children.split_whitespace().find(runs) {
+            return child.parse().unwrap();
+        }
+        assert!(begin.elapsed() < LIMIT, "no child runs {name}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Anonymous memory of a process in RAM; `None` when it has ended.
+fn anonymous_kib(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+#[test]
+fn the_summary_is_as_long_as_asked_for() {
+    let dir = Dir::new("summary");
+    let program = dir.program("work");
+    if !moves() {
+        return;
+    }
+    let err = |options: &[&str]| run(uhmm(options).arg(&program).args(["8", "0.2"])).err;
+    assert_eq!(err(&["--stress", "--quiet"]), "");
+    let line = err(&["--stress=42"]);
+    assert_eq!(line.lines().count(), 1, "{line}");
+    assert!(line.contains("1 processes") && line.contains("seed 42"), "{line}");
+    let table = err(&["--stress", "--stats"]);
+    assert!(table.lines().any(|line| line.trim_start().starts_with("skipped_pinned")), "{table}");
+    let done = run(uhmm(&["--stress", "--stats=xml"]).arg("true"));
+    assert_eq!(done.code(), 125, "{}", done.err);
+}
+
+#[test]
+fn a_process_that_cannot_be_managed_says_so_and_runs_on() {
+    if !moves() {
+        return;
+    }
+    // The library alone, with orders that are none.
+    let damaged = |strict: &str| {
+        let mut command = Command::new("echo");
+        command.arg("ran").env("LD_PRELOAD", library()).env("UHMM_STRESS", "1").env("UHMM_DEVICES", "soft:none");
+        run(command.env("UHMM_STRICT", strict))
+    };
+    let done = damaged("0");
+    assert_eq!((done.code(), done.text()), (0, "ran\n"));
+    assert!(done.err.contains("not managed: UHMM_DEVICES"), "{}", done.err);
+    let done = damaged("1");
+    assert_eq!((done.code(), done.text()), (125, ""), "{}", done.err);
+}
