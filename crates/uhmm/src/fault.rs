@@ -8,14 +8,14 @@ use uhmm_sys::{
     Errno,
     addr::{BLOCK_PAGES, PAGE_SIZE, PageRange, VirtAddr},
     maps::Prot,
-    uffd::{RegisterMode, Wake},
+    uffd::Wake,
 };
 
 use crate::{
     block::{Block, Mark, Place, Transit},
     engine::Core,
     migrate::SPARE_RECORDS,
-    os::Os,
+    os::{MANAGED, Os},
     page_set::{PageSet, Run},
     policy,
     thread::Ctx,
@@ -252,7 +252,7 @@ impl<O: Os> Core<O> {
             let Some(piece) = vma.range.intersection(rest) else { return };
             if crate::migrate::refusal(&vma).is_none() {
                 // Where it fails the mapping was not split by us.
-                let _ = self.os.register(piece, RegisterMode::MISSING);
+                let _ = self.os.register(piece, MANAGED);
             }
             at = piece.end();
         }
@@ -274,7 +274,7 @@ impl<O: Os> Core<O> {
             return true;
         }
         // It may have come while this was under way.
-        let _ = self.each_piece(range, |piece| self.os.register(piece, RegisterMode::MISSING | RegisterMode::WP));
+        let _ = self.each_piece(range, |piece| self.os.register(piece, MANAGED));
         false
     }
 

@@ -49,7 +49,7 @@ use crate::{
     linux::LinuxMm,
     mm,
     ops::whole_space,
-    os::Os,
+    os::{MANAGED, Os},
     page_set::{PageSet, Run},
     staging::Staging,
     thread::Ctx,
@@ -374,7 +374,7 @@ impl<O: Os> Core<O> {
         while let Ok(rest) = PageRange::from_ends(at, range.end()) {
             let Some(piece) = self.os.vma(at)?.and_then(|v| v.range.intersection(rest)) else { break };
             if !self.away(block).and(&PageSet::of(piece)).is_empty() {
-                register_patiently(&self.os, piece, RegisterMode::MISSING, deadline)?;
+                register_patiently(&self.os, piece, MANAGED, deadline)?;
             }
             at = piece.end();
         }

@@ -71,10 +71,18 @@ impl OwnDrops {
         self.withdraw(slot);
     }
 
-    /// Whether `range` is being dropped by an engine thread; each announcement answers once.
+    /// Whether `range` is being dropped by an engine thread. Each announcement answers once, or once for each mapping that
+    /// its range was cut into meanwhile: those events come in order.
     pub(crate) fn is_own(&self, range: PageRange) -> bool {
-        let own = range.pages() <= BLOCK_PAGES
-            && self.slots.iter().any(|s| s.compare_exchange(Self::pack(range), 0, AcqRel, Acquire).is_ok());
+        let own = self.slots.iter().any(|slot| {
+            let word = slot.load(Acquire);
+            let (start, pages) = (word & !(PAGE_SIZE - 1), (word & (PAGE_SIZE - 1)) + 1);
+            if word == 0 || start != range.start().get() || range.pages() as u64 > pages {
+                return false;
+            }
+            let left = PageRange::from_ends(range.end(), range.start().add(pages * PAGE_SIZE)).map_or(0, Self::pack);
+            slot.compare_exchange(word, left, AcqRel, Acquire).is_ok()
+        });
         self.looked();
         own
     }

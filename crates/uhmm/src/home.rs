@@ -14,14 +14,14 @@
 use uhmm_sys::{
     Errno,
     addr::{BLOCK_PAGES, PAGE_SIZE},
-    uffd::{RegisterMode, SrcHoles, Wake},
+    uffd::{SrcHoles, Wake},
 };
 
 use crate::{
     block::{Block, Place, Transit},
     device::{Cause, CopyOp, DevPfn, DeviceError, DeviceId, FrameRun, Invalidation},
     engine::Core,
-    os::Os,
+    os::{MANAGED, Os},
     page_set::{PageSet, Run},
     staging::{HomeSlots, Left, Slot},
     thread::Ctx,
@@ -308,7 +308,7 @@ impl<O: Os> Core<O> {
                 Some(Errno::NOENT) if !registered => {
                     registered = true;
                     let page = block.run(Run { first: run.first + done, count: 1 });
-                    if self.os.register(page, RegisterMode::MISSING).is_err() {
+                    if self.os.register(page, MANAGED).is_err() {
                         return Put::Unmapped(done);
                     }
                 }

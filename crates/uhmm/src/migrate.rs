@@ -19,7 +19,7 @@ use uhmm_sys::{
     addr::{BLOCK_PAGES, PAGE_SIZE, PageRange},
     maps::{Backing, Prot, Sharing, Vma},
     pagemap::Page,
-    uffd::{RegisterMode, SrcHoles, Wake},
+    uffd::{SrcHoles, Wake},
 };
 
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
     devices::Entry,
     engine::Core,
     home::{frame_run, span},
-    os::Os,
+    os::{MANAGED, Os},
     page_set::{PageSet, Run},
     policy,
     staging::{Chunk, Left, Slot},
@@ -390,7 +390,6 @@ impl<O: Os> Core<O> {
             return TakenOut::default();
         };
         let frozen = !self.os.has_move() || !prot.contains(Prot::WRITE);
-        let mode = if frozen { RegisterMode::MISSING | RegisterMode::WP } else { RegisterMode::MISSING };
         let mut taken = PageSet::EMPTY;
         let mut left = *resident;
         let mut stop = None;
@@ -406,7 +405,7 @@ impl<O: Os> Core<O> {
             // What is at these addresses may have come there by a change that the books do not know yet.
             if self.os.is_changing() {
                 stop = Some(Errno::AGAIN);
-            } else if let Err(error) = self.os.register(piece, mode) {
+            } else if let Err(error) = self.os.register(piece, MANAGED) {
                 stop = Some(error);
             }
             if stop.is_none() && !frozen {
@@ -474,7 +473,7 @@ impl<O: Os> Core<O> {
         if self.os.is_changing() {
             return Err(Errno::AGAIN);
         }
-        self.os.register(piece, RegisterMode::MISSING | RegisterMode::WP)
+        self.os.register(piece, MANAGED)
     }
 
     /// `MOVE`s runs of held pages into `chunk`. Pages found shared or pinned go to `pass.shared`; they and those after

@@ -12,6 +12,11 @@ use uhmm_sys::{
     uffd::{Copied, RegisterMode, SrcHoles, Wake},
 };
 
+/// How the program's memory is registered, all of it: a range that was registered otherwise would be a mapping of its own
+/// to the kernel, and without write-protection faults the protection of a copy under way (see [`crate::freeze`]) would
+/// be lifted by the next operation beside it.
+pub(crate) const MANAGED: RegisterMode = RegisterMode::MISSING.union(RegisterMode::WP);
+
 /// The address space of a forked child, which nobody serves but its parent.
 pub trait ChildMm {
     /// Fills a hole of the child with bytes of the engine's memory.
