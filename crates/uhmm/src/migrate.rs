@@ -407,6 +407,8 @@ impl<O: Os> Core<O> {
                 stop = Some(Errno::AGAIN);
             } else if let Err(error) = self.os.register(piece, MANAGED) {
                 stop = Some(error);
+            } else if frozen && !self.is_still_movable(piece) {
+                stop = Some(Errno::SRCH);
             }
             if stop.is_none() && !frozen {
                 holes = self.move_runs(transit, berth, &mut left, &mut taken, pass, &mut stop);
@@ -467,13 +469,18 @@ impl<O: Os> Core<O> {
     fn prepare_copy(&self, ctx: &Ctx, transit: &Transit<'_>, piece: PageRange) -> Result<(), Errno> {
         let _inside = self.gate.enter(ctx.slot).map_err(|_| Errno::AGAIN)?;
         let _registration = transit.block().lock_registration();
-        // What is there now need not be what was there when this began.
-        let vma = self.os.vma(piece.start())?.filter(|v| v.range.contains_range(piece) && refusal(v).is_none());
-        vma.ok_or(Errno::INVAL)?;
         if self.os.is_changing() {
             return Err(Errno::AGAIN);
         }
-        self.os.register(piece, MANAGED)
+        self.os.register(piece, MANAGED)?;
+        if self.is_still_movable(piece) { Ok(()) } else { Err(Errno::SRCH) }
+    }
+
+    /// Whether the mapping that the caller knows of is there, after it was registered: what is there then need not be what
+    /// was there before, and registering only asks that something is. From now on every change raises an event.
+    fn is_still_movable(&self, piece: PageRange) -> bool {
+        let vma = self.os.vma(piece.start());
+        vma.is_ok_and(|v| v.is_some_and(|v| v.range.contains_range(piece) && refusal(&v).is_none()))
     }
 
     /// `MOVE`s runs of held pages into `chunk`. Pages found shared or pinned go to `pass.shared`; they and those after
