@@ -1,0 +1,485 @@
+//! Programs that change their memory in every way while it moves in every way. Each thread knows what each of its own
+//! pages must hold; whoever else moves them may not be noticed.
+//!
+//! What is done is chosen at random from a seed, which is printed; `UHMM_SEED` sets it and `UHMM_RACE_SECONDS` how long.
+//
+// UNSAFETY: the tests make, change and watch memory by raw system calls and pointers.
+
+#![allow(unsafe_code, reason = "tests make the memory that they then watch")]
+
+#[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
+mod common;
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use uhmm::{
+    DeviceFaultPolicy, FaultError, MigrateOptions, Mirror, Mm,
+    addr::PageRange,
+    device_table::Access,
+    mm::{Setup, Threads},
+};
+use uhmm_testkit::{Skip, isolated};
+
+use crate::common::{
+    Plain,
+    kit::{
+        Area, BLOCK, End, PAGE, RW, Random, Shape, Via, WAYS, fork_child, has_fork_events, map, open, page_error, peek,
+        raw_fork_child, syscall, unmap, virt, wait_for, write_page,
+    },
+};
+
+/// What a page holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Holds {
+    Zero,
+    /// What [`write_page`] wrote with this tag and number.
+    Stamp(u64, usize),
+}
+
+/// Memory of one thread, and what it knows of it.
+struct Own {
+    area: Area,
+    pages: Vec<Holds>,
+    read_only: bool,
+}
+
+impl Own {
+    fn new(random: &mut Random) -> Self {
+        let pages = 1 + random.below(1200);
+        let shape = if random.below(2) == 0 { Shape::Small } else { Shape::Huge };
+        let len = pages * PAGE;
+        let start = map(0, len, RW, 0);
+        if shape == Shape::Huge {
+            Via::Libc.madvise(start, len, libc::MADV_HUGEPAGE);
+        }
+        Self { area: Area { start, pages }, pages: vec![Holds::Zero; pages], read_only: false }
+    }
+
+    fn check(&self, n: usize) {
+        let addr = self.area.page(n);
+        let error = match self.pages[n] {
+            Holds::Stamp(tag, number) => page_error(addr, tag, number),
+            Holds::Zero => [0, 1096, 4088]
+                .into_iter()
+                .find_map(|w| (peek(addr + w) != 0).then(|| format!("{:#x} is not zero", addr + w))),
+        };
+        if let Some(error) = error {
+            panic!("page {n} of {:?}, which should hold {:?}: {error}", self.area, self.pages[n]);
+        }
+    }
+
+    fn check_all(&self) {
+        (0..self.area.pages).for_each(|n| self.check(n));
+    }
+
+    fn some(&self, random: &mut Random) -> std::ops::Range<usize> {
+        let first = random.below(self.area.pages);
+        let most = self.area.pages - first;
+        let count = 1 + if random.below(3) == 0 { random.below(most) } else { random.below(most.min(40)) };
+        first..first + count
+    }
+}
+
+/// What the threads of a test do.
+#[derive(Debug, Clone, Copy)]
+struct Rules {
+    seed: u64,
+    seconds: u64,
+    owners: u64,
+    movers: u64,
+    /// One operation in so many is a fork; 0 for none.
+    forks: usize,
+    /// Forks by the bare system call, where it is seen.
+    bare_forks: bool,
+    system_calls: bool,
+}
+
+impl Rules {
+    fn new() -> Self {
+        let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        let seed = number("UHMM_SEED").unwrap_or(u64::from(now.subsec_nanos()));
+        println!("UHMM_SEED={seed}");
+        let seconds = number("UHMM_RACE_SECONDS").unwrap_or(5);
+        Self { seed, seconds, owners: 2, movers: 2, forks: 0, bare_forks: false, system_calls: false }
+    }
+}
+
+struct Race<'a> {
+    mm: &'a Mm,
+    mirrors: &'a [Mirror<Plain>],
+    rules: Rules,
+    /// Where the owners' memory is, or was a moment ago.
+    places: Mutex<Vec<Area>>,
+    stop: AtomicBool,
+    operations: AtomicU64,
+    /// Mappings that moved or changed their size.
+    moved: AtomicU64,
+}
+
+impl Race<'_> {
+    fn run(&self) {
+        let start = Instant::now();
+        let failed = Mutex::new(None);
+        let guarded = |f: &dyn Fn()| {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(f)) {
+                self.stop.store(true, Relaxed);
+                failed.lock().unwrap().get_or_insert(panic);
+            }
+        };
+        let guarded = &guarded;
+        std::thread::scope(|s| {
+            for n in 0..self.rules.owners {
+                s.spawn(move || guarded(&|| self.own(n)));
+            }
+            for n in 0..self.rules.movers {
+                s.spawn(move || guarded(&|| self.move_about(100 + n)));
+            }
+            while !self.stop.load(Relaxed) && start.elapsed() < Duration::from_secs(self.rules.seconds) {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            self.stop.store(true, Relaxed);
+        });
+        if let Some(panic) = failed.into_inner().unwrap() {
+            resume_unwind(panic);
+        }
+        let done = self.operations.load(Relaxed);
+        let out = self.mm.stats().get(uhmm::trace::Counter::PagesOut);
+        println!("{done} operations, {} mappings moved, {out} pages out", self.moved.load(Relaxed));
+        assert!(done > 100, "only {done} operations in {} s", self.rules.seconds);
+    }
+
+    /// An owner's life.
+    fn own(&self, n: u64) {
+        let mut random = Random::new(self.rules.seed.wrapping_mul(31).wrapping_add(n));
+        let slot = {
+            let mut places = self.places.lock().unwrap();
+            places.push(Area { start: 0, pages: 1 });
+            places.len() - 1
+        };
+        let mut own = Own::new(&mut random);
+        let mut tag = n << 24;
+        while !self.stop.load(Relaxed) {
+            self.places.lock().unwrap()[slot] = own.area;
+            for _ in 0..20 {
+                tag += 1;
+                self.change(&mut own, &mut random, tag);
+                self.operations.fetch_add(1, Relaxed);
+            }
+        }
+        own.check_all();
+        unmap(own.area.start, own.area.len());
+    }
+
+    fn change(&self, own: &mut Own, random: &mut Random, tag: u64) {
+        let via = WAYS[random.below(2)];
+        let some = own.some(random);
+        let part = own.area.part(some.clone());
+        let protect = |own: &mut Own, read_only: bool| {
+            let prot = if read_only { libc::PROT_READ } else { RW };
+            assert_eq!(via.mprotect(own.area.start, own.area.len(), prot), 0);
+            own.read_only = read_only;
+        };
+        if self.rules.forks != 0 && random.below(self.rules.forks) == 0 {
+            let check = || own.check_all();
+            let child = if self.rules.bare_forks { raw_fork_child(check) } else { fork_child(check) };
+            own.check_all();
+            assert_eq!(wait_for(child), End::Exit(0));
+            return;
+        }
+        match random.below(20) {
+            0..=5 => some.for_each(|n| own.check(n)),
+            6..=10 => {
+                if own.read_only {
+                    protect(own, false);
+                }
+                for n in some {
+                    write_page(own.area.page(n), tag, n);
+                    own.pages[n] = Holds::Stamp(tag, n);
+                }
+            }
+            11 => {
+                assert_eq!(via.madvise(part.start, part.len(), libc::MADV_DONTNEED), 0);
+                some.for_each(|n| own.pages[n] = Holds::Zero);
+            }
+            12 => {
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+                let prot = if own.read_only { libc::PROT_READ } else { RW };
+                assert_eq!(via.mmap(part.start, part.len(), prot, flags, -1), Ok(part.start));
+                some.for_each(|n| own.pages[n] = Holds::Zero);
+            }
+            13 => {
+                // The tail goes.
+                if some.start > 0 {
+                    let tail = own.area.part(some.start..own.area.pages);
+                    assert_eq!(via.munmap(tail.start, tail.len()), 0);
+                    own.area.pages = some.start;
+                    own.pages.truncate(some.start);
+                }
+            }
+            14 | 15 => self.remap(own, random, via),
+            16 => {
+                let read_only = !own.read_only;
+                protect(own, read_only);
+            }
+            17 => {
+                assert_eq!(via.munmap(own.area.start, own.area.len()), 0);
+                *own = Own::new(random);
+            }
+            18 if self.rules.system_calls => self.system_call(own, &part, some.start),
+            _ => {
+                // A quick look and change everywhere.
+                if !own.read_only {
+                    for n in (random.below(7)..own.area.pages).step_by(7) {
+                        own.check(n);
+                        write_page(own.area.page(n), tag, n);
+                        own.pages[n] = Holds::Stamp(tag, n);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Moves the memory somewhere else, larger or smaller. The kernel refuses where registration has cut the mapping in
+    /// pieces, and must then have changed nothing: a move to a given place that does not grow may stop half-way.
+    fn remap(&self, own: &mut Own, random: &mut Random, via: Via) {
+        let grown = own.area.pages + 1 + random.below(300);
+        let (pages, moved) = if random.below(2) == 0 {
+            let pages = if random.below(3) == 0 { 1 + random.below(own.area.pages) } else { grown };
+            (pages, via.mremap(own.area.start, own.area.len(), pages * PAGE, libc::MREMAP_MAYMOVE, 0))
+        } else {
+            // To any page offset within a block, over a mapping that was made for it.
+            let room = map(0, grown * PAGE + BLOCK, RW, 0);
+            let to = room + random.below(512) * PAGE;
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            let moved = via.mremap(own.area.start, own.area.len(), grown * PAGE, flags, to);
+            if moved.is_err() {
+                unmap(room, grown * PAGE + BLOCK);
+                return;
+            }
+            if to > room {
+                unmap(room, to - room);
+            }
+            unmap(to + grown * PAGE, room + BLOCK - to);
+            (grown, moved)
+        };
+        self.moved.fetch_add(u64::from(moved.is_ok()), Relaxed);
+        let Ok(start) = moved else { return };
+        own.area = Area { start, pages };
+        own.pages.resize(pages, Holds::Zero);
+    }
+
+    /// The kernel reads pages, and writes them to others.
+    fn system_call(&self, own: &mut Own, part: &Area, first: usize) {
+        let len = part.len().min(16 * PAGE);
+        let copy = map(0, len, RW, 0);
+        let (local, remote) = ([copy, len], [part.start, len]);
+        let vectors = (local.as_ptr().expose_provenance(), remote.as_ptr().expose_provenance());
+        let pid = std::process::id() as usize;
+        let read = syscall(libc::SYS_process_vm_readv, [pid, vectors.0, 1, vectors.1, 1, 0]);
+        assert_eq!(read, Ok(len));
+        for n in 0..len / PAGE {
+            if let Holds::Stamp(tag, number) = own.pages[first + n]
+                && let Some(error) = page_error(copy + n * PAGE, tag, number)
+            {
+                panic!("page {} as the kernel read it: {error}", first + n);
+            }
+        }
+        unmap(copy, len);
+    }
+
+    /// The life of a thread that moves what is not its own.
+    fn move_about(&self, n: u64) {
+        let mut random = Random::new(self.rules.seed.wrapping_mul(31).wrapping_add(n));
+        while !self.stop.load(Relaxed) {
+            let place = {
+                let places = self.places.lock().unwrap();
+                if places.is_empty() {
+                    continue;
+                }
+                places[random.below(places.len())]
+            };
+            if place.start == 0 {
+                continue;
+            }
+            let first = random.below(place.pages);
+            let count = 1 + random.below(place.pages - first);
+            let range = PageRange::new(virt(place.start + first * PAGE), (count * PAGE) as u64).unwrap();
+            let mirror = &self.mirrors[random.below(self.mirrors.len())];
+            let options = MigrateOptions {
+                holes: random.below(2) == 0,
+                from_other_devices: random.below(2) == 0,
+                all_or_nothing: random.below(8) == 0,
+                obey_residency: random.below(4) == 0,
+            };
+            match random.below(10) {
+                0..=4 => drop(mirror.migrate(range, &options)),
+                5 => drop(self.mm.home(range)),
+                6 => drop(mirror.exclusive(range)),
+                7 => {
+                    let _ = mirror.evict(u32::try_from(random.below(2000)).unwrap());
+                }
+                8 => drop(mirror.snapshot(range).expect("a snapshot never fails")),
+                _ => {
+                    let access = [Access::Read, Access::Write][random.below(2)];
+                    let policy = [DeviceFaultPolicy::Map, DeviceFaultPolicy::Migrate][random.below(2)];
+                    match mirror.port().expect("it is registered").fault(range.start(), access, policy) {
+                        Ok(_) | Err(FaultError::NoVma { .. } | FaultError::Denied { .. }) => {}
+                        Err(FaultError::TimedOut { .. } | FaultError::Kernel { .. }) => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            }
+            self.operations.fetch_add(1, Relaxed);
+        }
+    }
+}
+
+fn race(mm: Mm, mirrors: Vec<Mirror<Plain>>, rules: Rules) {
+    let race = Race {
+        mm: &mm,
+        mirrors: &mirrors,
+        rules,
+        places: Mutex::new(Vec::new()),
+        stop: AtomicBool::new(false),
+        operations: AtomicU64::new(0),
+        moved: AtomicU64::new(0),
+    };
+    race.run();
+    drop(mirrors);
+    mm.close().unwrap();
+}
+
+fn two_devices(mm: &Mm) -> Vec<Mirror<Plain>> {
+    // The second is often full.
+    [64 << 20, 6 << 20].map(|bytes| mm.register(Plain::new(bytes)).expect("room for a device")).into()
+}
+
+#[test]
+fn everything_at_once() {
+    isolated!(|| {
+        let mm = open()?;
+        let mirrors = two_devices(&mm);
+        let rules = Rules { system_calls: mm.serves_kernel_faults(), ..Rules::new() };
+        race(mm, mirrors, rules);
+        Ok(())
+    });
+}
+
+#[test]
+fn everything_at_once_with_more_threads_than_processors() {
+    isolated!(|| {
+        let mm = open()?;
+        let mirrors = two_devices(&mm);
+        let rules = Rules { owners: 6, movers: 3, system_calls: mm.serves_kernel_faults(), ..Rules::new() };
+        race(mm, mirrors, rules);
+        Ok(())
+    });
+}
+
+#[test]
+fn everything_at_once_with_forks() {
+    isolated!(|| {
+        let mm = open()?;
+        let mirrors = two_devices(&mm);
+        race(mm, mirrors, Rules { forks: 60, ..Rules::new() });
+        Ok(())
+    });
+}
+
+#[test]
+fn everything_at_once_with_bare_forks() {
+    isolated!(|| {
+        let mm = open()?;
+        if !has_fork_events() {
+            return Err(Skip("forks by a bare system call raise no event here (CAP_SYS_PTRACE)".to_owned()));
+        }
+        let mirrors = two_devices(&mm);
+        race(mm, mirrors, Rules { forks: 60, bare_forks: true, ..Rules::new() });
+        Ok(())
+    });
+}
+
+#[test]
+fn everything_at_once_under_stress_and_a_limit_on_ram() {
+    isolated!(|| {
+        let mm = open()?;
+        let mirrors = two_devices(&mm);
+        let rules = Rules { owners: 3, movers: 1, system_calls: mm.serves_kernel_faults(), ..Rules::new() };
+        if !mm.serves_kernel_faults() {
+            // A policy moves whatever there is, the program's stacks too.
+            return Err(Skip("the userfaultfd here serves no faults of system calls".to_owned()));
+        }
+        mm.stress(rules.seed, None).unwrap();
+        mm.keep_resident(16 << 20).unwrap();
+        race(mm, mirrors, rules);
+        Ok(())
+    });
+}
+
+#[test]
+fn everything_at_once_with_hidden_threads() {
+    isolated!(|| {
+        let setup = Setup { threads: Threads::Hidden, ..Setup::default() };
+        let mm = Mm::open_with(setup).map_err(|error| Skip(error.to_string()))?;
+        let mirrors = two_devices(&mm);
+        let rules = Rules { forks: 100, system_calls: mm.serves_kernel_faults(), ..Rules::new() };
+        race(mm, mirrors, rules);
+        Ok(())
+    });
+}
+
+#[test]
+fn one_page_is_everybodys() {
+    isolated!(|| {
+        // Threads count in the words of one page, which moves, is shared and taken; no count is lost.
+        let mm = open()?;
+        let mirrors = two_devices(&mm);
+        let rules = Rules::new();
+        let area = Area::filled(Shape::Small, 1, 0);
+        let page = area.page(200);
+        let word = |n: usize| {
+            let word: *const AtomicU64 = common::kit::pointer(page + 8 + n * 64);
+            // SAFETY: inside the area, aligned, and only ever used atomically.
+            unsafe { &*word }
+        };
+        let (stop, counted) = (AtomicBool::new(false), AtomicU64::new(0));
+        std::thread::scope(|s| {
+            for n in 0..4 {
+                let (stop, counted) = (&stop, &counted);
+                s.spawn(move || {
+                    let mut mine = 0;
+                    while !stop.load(Relaxed) {
+                        word(n % 2).fetch_add(1, Relaxed);
+                        mine += 1;
+                    }
+                    counted.fetch_add(mine, Relaxed);
+                });
+            }
+            let mut random = Random::new(rules.seed);
+            let start = Instant::now();
+            let one = PageRange::new(virt(page), PAGE as u64).unwrap();
+            while start.elapsed() < Duration::from_secs(rules.seconds) {
+                let mirror = &mirrors[random.below(2)];
+                match random.below(6) {
+                    0..=2 => drop(mirror.migrate(one, &MigrateOptions::default())),
+                    3 => drop(mirror.migrate(area.range(), &MigrateOptions::default())),
+                    4 => drop(mirror.exclusive(one)),
+                    _ => drop(mm.home(one)),
+                }
+            }
+            stop.store(true, Relaxed);
+        });
+        assert_eq!(word(0).load(Relaxed) + word(1).load(Relaxed), counted.load(Relaxed));
+        drop(mirrors);
+        mm.close().unwrap();
+        Ok(())
+    });
+}
