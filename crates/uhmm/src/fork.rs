@@ -136,6 +136,8 @@ extern "C" fn parent() {
     match under_way {
         Some((core, Sharing::Shared)) => {
             end_fork(core);
+            // The event of the fork was read; until it is applied, it must be known whose it is.
+            core.gate.wait_open();
             core.share(false);
             if failed == 0 {
                 // Not a job: the movers may all be waiting for just this.

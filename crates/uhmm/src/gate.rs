@@ -110,6 +110,14 @@ impl Gate {
         self.state.load(SeqCst) == OPEN
     }
 
+    /// Waits until the gate is open. Who raised an event, and goes on because it was read, knows then that it was applied.
+    pub(crate) fn wait_open(&self) {
+        let mut spins = 0u32;
+        while self.state.load(SeqCst) != OPEN {
+            pause(&mut spins);
+        }
+    }
+
     /// Waits until no event is being applied any more; where one is not, returns at once.
     pub(crate) fn wait_applied(&self) {
         let mut spins = 0u32;
