@@ -542,6 +542,20 @@ fn forked_children_see_the_moment_of_their_fork() {
 }
 
 #[test]
+fn children_of_children_of_children_each_have_an_engine() {
+    let dir = Dir::new("deep");
+    let program = dir.program("deep");
+    if !moves() {
+        return;
+    }
+    for way in &WAYS[1..] {
+        let done = run(uhmm(way).arg(&program));
+        assert_eq!(done.code(), 0, "{way:?}: {}", done.err);
+        assert!(done.figures()["processes"].as_u64().unwrap() >= 16, "{way:?}: {}", done.err);
+    }
+}
+
+#[test]
 fn pages_lent_to_a_pipe_keep_their_bytes() {
     let dir = Dir::new("lend");
     in_each_way(&dir.program("lend"), &[]);

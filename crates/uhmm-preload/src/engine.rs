@@ -24,7 +24,7 @@ use uhmm::{
     device::Cause,
     fork,
     mm::{Setup, Threads},
-    session::{self, DeviceSpec, EXIT_FAILED, LimitShift, Session, address_space},
+    session::{self, ARENA_BYTES, DeviceSpec, EXIT_FAILED, LimitShift, Session, address_space},
     stress::StressHooks,
     trace::{Counter, Stats},
 };
@@ -48,9 +48,6 @@ const HEAD_START: Duration = Duration::from_millis(20);
 const STEP: Duration = Duration::from_millis(2);
 /// How long a stress access of a device fights for a page before the next one has its turn.
 const ACCESS_BUDGET: Duration = Duration::from_millis(20);
-
-/// Address space for what the engine keeps besides its devices' memory.
-const ARENA_BYTES: u64 = 4 << 30;
 
 /// What `uhmm run` wants of each process.
 #[derive(Debug)]
@@ -84,13 +81,15 @@ pub(crate) fn start(environment: &Environment) {
         return;
     }
     STRICT.store(environment.get(session::STRICT) == Some(b"1"), Relaxed);
+    // Before the first allocation, which would make a smaller one; and before the program makes holes that it counts on.
+    if let Err(errno) = arena::init(ARENA_BYTES) {
+        return fail(Files::Program, format_args!("no address space for the engine: {errno}; see ulimit -v"));
+    }
     match read_orders(environment) {
         Ok(orders) => {
             limits::shift_by(LimitShift::for_devices(&orders.devices));
-            // Before the program makes holes that it will count on.
-            let reserved = arena::init(ARENA_BYTES).and_then(|_| space::reserve(address_space(&orders.devices)));
-            if let Err(errno) = reserved {
-                return fail(Files::Program, format_args!("no address space for the engine: {errno}; see ulimit -v"));
+            if let Err(errno) = space::reserve(address_space(&orders.devices)) {
+                return fail(Files::Program, format_args!("no address space for the devices: {errno}; see ulimit -v"));
             }
             let _ = ORDERS.set(orders);
         }
