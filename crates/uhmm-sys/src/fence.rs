@@ -20,7 +20,7 @@ use crate::{
 const PRIVATE_EXPEDITED: u64 = 1 << 3;
 const REGISTER_PRIVATE_EXPEDITED: u64 = 1 << 4;
 
-/// Set once, never cleared: a process stays registered, and its forked children are.
+/// Set once, never cleared: a process stays registered. See [`renew_in_child`] for its children.
 static REGISTERED: AtomicBool = AtomicBool::new(false);
 
 fn membarrier(command: u64) -> bool {
@@ -41,6 +41,17 @@ pub fn register_membarrier() -> bool {
         REGISTERED.store(true, Release);
     }
     REGISTERED.load(Acquire)
+}
+
+/// Registers a forked child whose parent was registered. It inherits that, unless the parent registered in the very moment
+/// of the fork: then the child may have a copy of what this module knows, and none of what the kernel knew.
+///
+/// To be called in the child only, while it has one thread.
+pub(crate) fn renew_in_child() {
+    if REGISTERED.load(Acquire) {
+        let done = membarrier(REGISTER_PRIVATE_EXPEDITED);
+        debug_assert!(done, "what worked in the parent works in the child");
+    }
 }
 
 /// The expensive side: some microseconds where CPUs must be interrupted.

@@ -4,7 +4,7 @@
 //! not reach `vfork`, `posix_spawn` and raw system calls: the first two share the memory, and the last raise an event
 //! (see [`crate::uffd`]).
 
-use crate::{Errno, access, addr::VirtAddr, arena, thread};
+use crate::{Errno, access, addr::VirtAddr, arena, fence, thread};
 
 /// Calls `prepare` in the parent before each fork, then `parent` there and `child` in the child after it.
 ///
@@ -25,6 +25,7 @@ pub fn at_fork(prepare: extern "C" fn(), parent: extern "C" fn(), child: extern 
 pub fn reset_in_child() {
     arena::reset_lock_after_fork();
     thread::forget_after_fork();
+    fence::renew_in_child();
 }
 
 /// Reads of each open `FILE` what glibc reads and writes of it in a forked child before it calls the handlers there,
