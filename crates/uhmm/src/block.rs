@@ -244,6 +244,13 @@ impl Block {
         (packed >> 4, Why::from_bits(packed & 0xf))
     }
 
+    /// Whether the program discarded page `i` after `ticks`, and nothing has moved it since.
+    pub(crate) fn is_discarded_since(&self, i: usize, ticks: u32) -> bool {
+        let (at, why) = self.history(i);
+        // Ticks have 28 bits; a time that lies more than half of that ahead lies behind.
+        why == Why::Discarded && at.wrapping_sub(ticks) & 0x0fff_ffff < 0x0800_0000
+    }
+
     /// Records that page `i` changed places at `ticks` (see `trace::ticks`).
     pub(crate) fn set_history(&self, i: usize, ticks: u32, why: Why) {
         self.since[i].store(ticks << 4 | why.bits(), Relaxed);

@@ -17,7 +17,7 @@ use crate::{
     page_set::PageSet,
     staging::Left,
     thread::Ctx,
-    trace::Counter,
+    trace::{Counter, Why},
 };
 
 /// What a look at the userfaultfd brought.
@@ -100,6 +100,7 @@ impl<O: Os> Core<O> {
             Event::Remove(range) => {
                 if !self.own_drops.is_own(range) {
                     self.drop_pages(range, reader);
+                    self.mark_discarded(range);
                 }
             }
             Event::Remap { from, to, len } => {
@@ -116,6 +117,18 @@ impl<O: Os> Core<O> {
         self.blocks.for_each(range, |block| {
             if let Some(part) = PageRange::block_of(block.base()).intersection(range) {
                 self.drop_in_block(block, &PageSet::of(part), reader);
+            }
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// Notes that pages are about to go: the event comes before the kernel drops them, and who asked for it goes on when
+    /// it is read. A page that left in between would come back with the bytes that were to be dropped.
+    fn mark_discarded(&self, range: PageRange) {
+        let ticks = self.ticks();
+        self.blocks.for_each(range, |block| {
+            if let Some(part) = PageRange::block_of(block.base()).intersection(range) {
+                PageSet::of(part).iter().for_each(|i| block.set_history(i, ticks, Why::Discarded));
             }
             ControlFlow::Continue(())
         });

@@ -172,6 +172,10 @@ impl Outcomes {
     }
 }
 
+/// For how many ticks of history (16 ms each) a page stays after the program discarded it: half a second. The kernel
+/// drops it some time after it has said so, when the thread that asked runs again.
+const DISCARD_TICKS: u32 = 32;
+
 /// How often an operation on one block is tried again while the program changes its address space.
 pub(crate) const ATTEMPTS: u32 = 200;
 
@@ -269,10 +273,16 @@ impl<O: Os> Core<O> {
         let mut staged = PageSet::EMPTY;
         let mut resident = PageSet::EMPTY;
         let mut elsewhere = PageSet::EMPTY;
+        let recently = self.ticks().wrapping_sub(DISCARD_TICKS);
         for i in want.iter() {
             outcomes.0[i] = match transit.try_hold(i) {
                 Err(_) => {
                     self.stats.add(Counter::SkippedBusy, 1);
+                    PageOutcome::Busy
+                }
+                // The kernel may be about to drop it.
+                Ok(Place::Cpu) if block.is_discarded_since(i, recently) => {
+                    transit.put_back(i);
                     PageOutcome::Busy
                 }
                 Ok(Place::Cpu) => {

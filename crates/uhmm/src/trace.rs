@@ -35,9 +35,11 @@ pub enum Why {
     RolledBack,
     /// A stress thread moved it.
     Stress,
+    /// The program discarded its content.
+    Discarded,
 }
 
-const WHY: [Why; 11] = [
+const WHY: [Why; 12] = [
     Why::Untouched,
     Why::CpuFault,
     Why::FaultAround,
@@ -49,10 +51,11 @@ const WHY: [Why; 11] = [
     Why::Fork,
     Why::RolledBack,
     Why::Stress,
+    Why::Discarded,
 ];
 
 impl Why {
-    #[expect(clippy::cast_possible_truncation, reason = "there are eleven causes")]
+    #[expect(clippy::cast_possible_truncation, reason = "there are twelve causes")]
     pub(crate) fn bits(self) -> u32 {
         WHY.iter().position(|&w| w == self).expect("every cause is in the table") as u32
     }
@@ -81,6 +84,7 @@ impl Why {
             Self::Fork => "fork",
             Self::RolledBack => "rolled-back",
             Self::Stress => "stress",
+            Self::Discarded => "discarded",
         }
     }
 }
