@@ -244,3 +244,76 @@ pub fn protect(range: PageRange, prot: Prot) -> Result<(), Errno> {
     // SAFETY: not the engine's Rust objects; a touch against the new protection is a signal, not a wrong value.
     unsafe { raw::mprotect(range, flags) }
 }
+
+/// Takes the pages of `from` out of their mapping, as they are, and puts them at `to`, in memory of [`arena::pages`] or the
+/// other way round. The mapping at `from` stays, as a hole; what was at `to` is gone, and the mapping there is afterwards
+/// what the one at `from` is. Atomic: no other thread sees a page in both places or in neither while it has its bytes.
+///
+/// # Errors
+/// `EFAULT`: `from` is not within one mapping. `EINVAL`: memory that cannot be lifted, the engine's own typed memory,
+/// or a kernel before 5.7. `ENOMEM`: too many mappings, or too much memory. `EPERM`: sealed.
+///
+/// # Kernel
+/// `mremap(2)` with `MREMAP_DONTUNMAP`. A mapping that was locked is not afterwards (see [`is_locked`]). Registered memory
+/// raises a remap event, and where `to` was registered an unmap event, which must be read by another thread.
+pub fn lift(from: PageRange, to: PageRange) -> Result<(), Errno> {
+    let typed = [from, to].iter().any(|r| arena::touches_typed(r.start(), r.bytes()));
+    let own = [from, to].iter().filter(|r| arena::is_untyped(r.start(), r.bytes())).count();
+    if typed || own != 1 || from.bytes() != to.bytes() {
+        return Err(Errno::INVAL);
+    }
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+    let args = [from.start().get(), from.bytes(), to.bytes(), raw::arg(flags), to.start().get()];
+    // SAFETY: one side is untyped memory of the arena, into which no reference leads. On the other, which is not the
+    // engine's, the caller answers for the content (see Trust in `uffd`), as for `UFFDIO_MOVE`.
+    unsafe { raw::syscall(libc::SYS_mremap, args) }.map(drop)
+}
+
+/// Makes `range`, memory of [`arena::pages`], fresh: no page in it, no registration, a mapping as any other.
+///
+/// # Errors
+/// `EINVAL`: not such memory. `ENOMEM`: too many mappings.
+///
+/// # Kernel
+/// `mmap(2)` with `MAP_FIXED`. Registered memory raises an unmap event.
+pub fn renew(range: PageRange) -> Result<(), Errno> {
+    if !arena::is_untyped(range.start(), range.bytes()) {
+        return Err(Errno::INVAL);
+    }
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let flags = flags | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    let args = [range.start().get(), range.bytes(), raw::arg(prot), raw::arg(flags), raw::arg(-1), 0];
+    // SAFETY: untyped memory of the arena, into which no reference leads, stays readable and writable.
+    unsafe { raw::syscall(libc::SYS_mmap, args) }?;
+    // SAFETY: changes no bytes. See `arena::reserve`.
+    unsafe { raw::syscall(libc::SYS_munlock, [range.start().get(), range.bytes()]) }.map(drop)
+}
+
+/// Makes a mapping of `range`, memory of [`arena::pages`], that counts as locked, so that `UFFDIO_MOVE` takes pages of
+/// locked memory to it. Nothing in it is brought into RAM for that.
+///
+/// # Errors
+/// `EINVAL`: not such memory. `ENOMEM`, `EPERM`: the limit of locked memory (`RLIMIT_MEMLOCK`).
+///
+/// # Kernel
+/// `mlock2(2)` with `MLOCK_ONFAULT`.
+pub fn lock_on_fault(range: PageRange) -> Result<(), Errno> {
+    if !arena::is_untyped(range.start(), range.bytes()) {
+        return Err(Errno::INVAL);
+    }
+    let onfault = u64::from(libc::MLOCK_ONFAULT);
+    // SAFETY: changes no bytes.
+    unsafe { raw::syscall(libc::SYS_mlock2, [range.start().get(), range.bytes(), onfault]) }.map(drop)
+}
+
+/// Whether part of `range` is locked (`mlock(2)`).
+///
+/// # Kernel
+/// `msync(2)` with `MS_INVALIDATE`, which does nothing to anonymous memory but say so.
+#[must_use]
+pub fn is_locked(range: PageRange) -> bool {
+    let args = [range.start().get(), range.bytes(), raw::arg(libc::MS_INVALIDATE)];
+    // SAFETY: changes no bytes.
+    let answer = unsafe { raw::syscall(libc::SYS_msync, args) };
+    answer == Err(Errno::BUSY)
+}

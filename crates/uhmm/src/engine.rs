@@ -35,9 +35,9 @@ use crate::{
     devices::Devices,
     events::Deferred,
     fork::Homecomings,
-    freeze::OwnDrops,
     gate::{Gate, pause},
     job::{JOBS, Job, Reply, Request},
+    lift::Lifts,
     notifier::{Invalidating, Notifiers},
     os::Os,
     staging::{Chunk, Staging},
@@ -78,7 +78,7 @@ pub(crate) struct Core<O: Os> {
     pub(crate) devices: Devices,
     pub(crate) notifiers: &'static Notifiers<NOTIFIERS>,
     pub(crate) stats: Stats,
-    pub(crate) own_drops: OwnDrops,
+    pub(crate) lifts: Lifts,
     reader: Mutex<Deferred<O::Child>>,
     jobs: &'static [Job],
     /// Counts posted jobs; movers sleep on it.
@@ -129,11 +129,18 @@ impl<O: Os> Core<O> {
         if os.has_move() {
             os.register(staging.range(), RegisterMode::WP)?;
         }
-        Self::assemble(os, Blocks::new(config.max_blocks)?, staging, stats, 0)
+        Self::assemble(os, Blocks::new(config.max_blocks)?, staging, Lifts::new()?, stats, 0)
     }
 
     /// Puts the parts of an address space together.
-    pub(crate) fn assemble(os: O, blocks: Blocks, staging: Staging, stats: Stats, forks: u64) -> Result<Self, Errno> {
+    pub(crate) fn assemble(
+        os: O,
+        blocks: Blocks,
+        staging: Staging,
+        lifts: Lifts,
+        stats: Stats,
+        forks: u64,
+    ) -> Result<Self, Errno> {
         let started_ns = os.now_ns();
         Ok(Self {
             blocks,
@@ -142,7 +149,7 @@ impl<O: Os> Core<O> {
             devices: Devices::default(),
             notifiers: arena::value(Notifiers::new(NOTIFIER_WAIT))?,
             stats,
-            own_drops: OwnDrops::new(),
+            lifts,
             reader: Mutex::new(Deferred::new()),
             jobs: Job::table()?,
             posted: AtomicU32::new(0),

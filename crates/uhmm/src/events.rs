@@ -5,7 +5,10 @@
 
 use std::ops::ControlFlow;
 
-use uhmm_sys::addr::{PageRange, VirtAddr};
+use uhmm_sys::{
+    Errno,
+    addr::{PageRange, VirtAddr},
+};
 
 use crate::{
     block::{Block, Place, Transit},
@@ -13,6 +16,7 @@ use crate::{
     engine::Core,
     gate::pause,
     home::frame_run,
+    migrate::SPARE_RECORDS,
     os::{ChildMm, Event, Os},
     page_set::PageSet,
     staging::Left,
@@ -41,10 +45,9 @@ impl<O: Os> Core<O> {
             let mut reader = self.lock_reader();
             self.gate.close();
             self.devices.for_each(|entry| entry.device().close_gate());
-            let event = self.os.next_event();
-            let fault = match event {
+            let fault = match self.next_event() {
                 Ok(None) => None,
-                Ok(Some(Event::Fault { addr, wp, .. })) => Some((addr, wp)),
+                Ok(Some(Event::Fault { addr, .. })) => Some(addr),
                 Ok(Some(event)) => {
                     self.gate.applying();
                     let mut next = Some(event);
@@ -63,7 +66,7 @@ impl<O: Os> Core<O> {
             self.gate.open();
             fault
         };
-        let Some((addr, wp)) = fault else { return Pumped::Nothing };
+        let Some(addr) = fault else { return Pumped::Nothing };
         let read_ns = self.os.now_ns();
         if ctx.depth >= MAX_DEPTH {
             // Let it fault anew; by then whoever keeps us from serving it may be done.
@@ -71,7 +74,7 @@ impl<O: Os> Core<O> {
             return Pumped::Fault;
         }
         ctx.depth += 1;
-        self.serve_fault(ctx, addr, wp);
+        self.serve_fault(ctx, addr);
         ctx.depth -= 1;
         self.record_fault(read_ns);
         Pumped::Fault
@@ -93,20 +96,14 @@ impl<O: Os> Core<O> {
     fn apply(&'static self, ctx: &mut Ctx, event: Event<O::Child>, reader: &mut Deferred<O::Child>) {
         match event {
             Event::Fault { .. } => unreachable!("faults are served outside the gate"),
-            Event::Unmap(range) => {
-                self.own_drops.mappings_changed();
-                self.drop_pages(range, reader);
-            }
+            Event::Unmap(range) => self.drop_pages(range, reader),
             Event::Remove(range) => {
-                if !self.own_drops.is_own(range) {
-                    self.drop_pages(range, reader);
-                    self.mark_discarded(range);
-                }
+                // Before, so that no page leaves once it was looked at; and after, for those that came home meanwhile.
+                self.mark_discarded(range);
+                self.drop_pages(range, reader);
+                self.mark_discarded(range);
             }
-            Event::Remap { from, to, len } => {
-                self.own_drops.mappings_changed();
-                self.remap(from, to, len, reader);
-            }
+            Event::Remap { from, to, len } => self.remap(from, to, len, reader),
             Event::Fork(child) => self.fork_child(ctx, child, reader),
         }
     }
@@ -126,12 +123,11 @@ impl<O: Os> Core<O> {
     /// it is read. A page that left in between would come back with the bytes that were to be dropped.
     fn mark_discarded(&self, range: PageRange) {
         let ticks = self.ticks();
-        self.blocks.for_each(range, |block| {
-            if let Some(part) = PageRange::block_of(block.base()).intersection(range) {
+        for part in range.iter_blocks() {
+            if let Ok(block) = self.blocks.find_or_add(part.start(), SPARE_RECORDS) {
                 PageSet::of(part).iter().for_each(|i| block.set_history(i, ticks, Why::Discarded));
             }
-            ControlFlow::Continue(())
-        });
+        }
     }
 
     fn drop_in_block(&'static self, block: Block, pages: &PageSet, reader: &mut Deferred<O::Child>) {
@@ -219,7 +215,7 @@ impl<O: Os> Core<O> {
         let whole = crate::ops::whole_space();
         drop(self.invalidate(&Invalidation { range: whole, cause: Cause::Fork, owner: None }));
         self.blocks.for_each(whole, |block| {
-            // A page that is held may be gone from the program, and not yet count as away (see `freeze`).
+            // A page that is held may be gone from the program, and not yet count as away (see `lift`).
             let away = self.away(block).or(&block.held());
             if away.is_empty() {
                 return ControlFlow::Continue(());
@@ -256,7 +252,7 @@ impl<O: Os> Core<O> {
 
     /// Takes page `i`, waiting for its holder; meanwhile reads the events that holders themselves raise.
     ///
-    /// A holder that drops pages (see [`crate::freeze`]) waits in the kernel until its own event is read, and may begin
+    /// A holder that lifts pages (see [`crate::lift`]) waits in the kernel until its own event is read, and may begin
     /// to at any time.
     fn hold_draining(&self, transit: &mut Transit<'_>, i: usize, reader: &mut Deferred<O::Child>) -> Place {
         let start = std::time::Instant::now();
@@ -272,9 +268,8 @@ impl<O: Os> Core<O> {
                 transit.block().page(i),
                 transit.block().word(i)
             );
-            if self.own_drops.any() && !reader.is_full() {
-                match self.os.next_event() {
-                    Ok(Some(Event::Remove(range))) if self.own_drops.is_own(range) => {}
+            if self.lifts.any() && !reader.is_full() {
+                match self.next_event() {
                     // It faults anew, and is served when the gate is open.
                     Ok(Some(Event::Fault { addr, .. })) => self.os.wake(PageRange::page_of(addr)),
                     Ok(Some(event)) => reader.put(event),
@@ -282,15 +277,33 @@ impl<O: Os> Core<O> {
                     Err(error) => panic!("reading the userfaultfd failed: {error}"),
                 }
             }
-            self.own_drops.looked();
+            self.lifts.looked();
+        }
+    }
+
+    /// Reads one message; what the engine's own lifts raise is told apart and not returned.
+    fn next_event(&self) -> Result<Option<Event<O::Child>>, Errno> {
+        loop {
+            match self.os.next_event()? {
+                Some(Event::Remap { from, to, .. }) if self.lifts.moved(from, to) => {}
+                event => {
+                    if let Some(Event::Remap { .. } | Event::Unmap(_)) = event {
+                        self.lifts.changed();
+                    }
+                    return Ok(event);
+                }
+            }
         }
     }
 }
 
+/// Most events that can wait for another. Threads whose events were read go on, and may raise more.
+const MOST_DEFERRED: usize = 128;
+
 /// Events that were read while another was being applied, in order.
 #[derive(Debug)]
 pub(crate) struct Deferred<C> {
-    events: [Option<Event<C>>; 32],
+    events: [Option<Event<C>>; MOST_DEFERRED],
     first: usize,
     count: usize,
 }

@@ -29,7 +29,7 @@ const ZERO_AROUND: usize = 64;
 
 impl<O: Os> Core<O> {
     /// Serves the fault of a thread at `addr`, or sees to it that somebody wakes the thread.
-    pub(crate) fn serve_fault(&'static self, ctx: &mut Ctx, addr: VirtAddr, wp: bool) {
+    pub(crate) fn serve_fault(&'static self, ctx: &mut Ctx, addr: VirtAddr) {
         let page = PageRange::page_of(addr);
         // Registered memory without a record: a hole of a mapping that grew, or that `mremap` brought here. With a record
         // the whole block goes back to native faults.
@@ -44,21 +44,6 @@ impl<O: Os> Core<O> {
                     Mark::Left => return self.stats.add(Counter::FaultsWaited, 1),
                     Mark::Unlocked => continue,
                 }
-            }
-            if wp {
-                // Protection that a finished operation left behind; under the page's lock, or the next operation's
-                // would be lifted.
-                let mut transit = Transit::new(block, self);
-                if transit.try_hold(i).is_err() {
-                    continue;
-                }
-                let lifted = self.os.write_unprotect(page);
-                drop(transit);
-                if lifted == Err(Errno::AGAIN) {
-                    self.settle_events(ctx, attempt);
-                    continue;
-                }
-                return self.os.wake(page);
             }
             match word.place() {
                 Place::Cpu => {
@@ -191,7 +176,7 @@ impl<O: Os> Core<O> {
     pub(crate) fn release_block_now(&'static self, ctx: &mut Ctx, block: Block) -> bool {
         let Ok(_inside) = self.gate.enter(ctx.slot) else { return false };
         let Some(_registration) = block.try_lock_registration() else { return false };
-        // A page that is copied out of the program (see `freeze`) relies on the registration before it counts as away.
+        // A page that is copied out of the program (see `lift`) relies on the registration before it counts as away.
         if block.away() != 0 || block.any_held(&PageSet::ALL) {
             return false;
         }

@@ -314,7 +314,7 @@ impl<O: Os> Core<O> {
     pub(crate) fn inherit(parent: &Self, os: O) -> Result<Self, Errno> {
         let staging: Staging = parent.staging.inherit()?;
         let fork = parent.homecomings.fork();
-        let core = Self::assemble(os, parent.blocks.inherit(), staging, parent.stats, fork)?;
+        let core = Self::assemble(os, parent.blocks.inherit(), staging, parent.lifts.inherit(), parent.stats, fork)?;
         let mut failed = None;
         parent.devices.for_each(|old| {
             let made = core.make_entry(old.id(), old.device(), old.pgmap_words()).and_then(|e| core.devices.put(e));

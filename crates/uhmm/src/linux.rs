@@ -58,7 +58,6 @@ impl LinuxMm {
             | Features::EVENT_REMOVE
             | Features::EVENT_UNMAP
             | Features::THREAD_ID
-            | Features::FAULT_WP
             | Features::POISON
             | Features::MOVE;
         if !masked(Cap::ForkEvent) {
@@ -140,14 +139,6 @@ impl Os for LinuxMm {
         self.uffd.move_pages(dst, src, len, wake, holes)
     }
 
-    fn write_protect(&self, range: PageRange) -> Result<(), Errno> {
-        self.uffd.write_protect(range, Protect::On, Wake::Later)
-    }
-
-    fn write_unprotect(&self, range: PageRange) -> Result<(), Errno> {
-        self.uffd.write_protect(range, Protect::Off, Wake::Now)
-    }
-
     fn poison(&self, range: PageRange) -> Copied {
         self.uffd.poison(range, Wake::Now)
     }
@@ -160,7 +151,7 @@ impl Os for LinuxMm {
     fn next_event(&self) -> Result<Option<Event<LinuxChild>>, Errno> {
         let range = |start, end| PageRange::from_ends(start, end).expect("the kernel's ranges are page ranges");
         Ok(self.uffd.read()?.map(|event| match event {
-            uffd::Event::Fault { addr, wp, tid, .. } => Event::Fault { addr, tid, wp },
+            uffd::Event::Fault { addr, tid, .. } => Event::Fault { addr, tid },
             uffd::Event::Fork { child } => Event::Fork(LinuxChild(child)),
             uffd::Event::Remap { from, to, len } => Event::Remap { from, to, len },
             uffd::Event::Remove { start, end } => Event::Remove(range(start, end)),
@@ -174,6 +165,22 @@ impl Os for LinuxMm {
 
     fn zap(&self, range: PageRange) -> Result<(), Errno> {
         access::zap(range)
+    }
+
+    fn lift(&self, from: PageRange, to: PageRange) -> Result<(), Errno> {
+        access::lift(from, to)
+    }
+
+    fn renew(&self, range: PageRange) -> Result<(), Errno> {
+        access::renew(range)
+    }
+
+    fn lock_on_fault(&self, range: PageRange) -> Result<(), Errno> {
+        access::lock_on_fault(range)
+    }
+
+    fn is_locked(&self, range: PageRange) -> bool {
+        access::is_locked(range)
     }
 
     fn populate_read(&self, range: PageRange) -> Result<(), Errno> {

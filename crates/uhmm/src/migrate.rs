@@ -16,7 +16,7 @@
 
 use uhmm_sys::{
     Errno,
-    addr::{BLOCK_PAGES, PAGE_SIZE, PageRange},
+    addr::{BLOCK_PAGES, PAGE_SIZE, PageRange, VirtAddr},
     maps::{Backing, Prot, Sharing, Vma},
     pagemap::Page,
     uffd::{SrcHoles, Wake},
@@ -399,11 +399,12 @@ impl<O: Os> Core<O> {
             refuse(transit, resident, PageOutcome::NoMemory);
             return TakenOut::default();
         };
-        let frozen = !self.os.has_move() || !prot.contains(Prot::WRITE);
+        let lifted = !self.os.has_move() || !prot.contains(Prot::WRITE);
         let mut taken = PageSet::EMPTY;
         let mut left = *resident;
         let mut stop = None;
         let mut holes = Src::NoHoles;
+        let changes;
         {
             let Ok(_inside) = self.gate.enter(ctx.slot) else {
                 self.leave_berth(ctx, berth, around, Berthed::Untouched);
@@ -412,29 +413,27 @@ impl<O: Os> Core<O> {
                 return TakenOut::default();
             };
             let _registration = block.lock_registration();
+            changes = self.lifts.changes();
             // What is at these addresses may have come there by a change that the books do not know yet.
             if self.os.is_changing() {
                 stop = Some(Errno::AGAIN);
             } else if let Err(error) = self.os.register(piece, MANAGED) {
                 stop = Some(error);
-            } else if frozen && !self.is_still_movable(piece) {
+            } else if lifted && !self.is_still_movable(piece) {
                 stop = Some(Errno::SRCH);
             }
-            if stop.is_none() && !frozen {
-                holes = self.move_runs(transit, berth, &mut left, &mut taken, pass, &mut stop);
+            if stop.is_none() && !lifted {
+                let to = |i| self.staging.addr(berth.slot(i));
+                holes = self.move_runs(block, &to, &mut left, &mut taken, pass, &mut stop);
                 // Under the registration lock: whoever looks for a block of which nothing is away must see these.
                 for i in taken.iter() {
                     transit.set(i, Place::Staged { slot: berth.slot(i), exclusive: None });
                 }
             }
         }
-        let by_copy = frozen
-            || stop == Some(Errno::INVAL) && taken.is_empty() && plan.why.is_asked() && {
-                stop = self.prepare_copy(ctx, transit, piece).err();
-                true
-            };
-        if stop.is_none() && by_copy {
-            taken = self.copy_out(ctx, transit, berth, &mut left, pass);
+        // `MOVE` refuses memory that differs from staging in more than its place: it is locked or executable, say.
+        if lifted && stop.is_none() || stop == Some(Errno::INVAL) && taken.is_empty() && plan.why.is_asked() {
+            (taken, stop) = self.lift_out(ctx, transit, berth, changes, &mut left, pass);
             holes = Src::MayHaveHoles;
         }
         let (present, huge) = match holes {
@@ -474,18 +473,6 @@ impl<O: Os> Core<O> {
         TakenOut { present, holes, huge: huge && present == PageSet::ALL }
     }
 
-    /// Registers a mapping for the way out by copy that `MOVE` refuses: it differs from staging in more than its place,
-    /// being locked or executable, say.
-    fn prepare_copy(&self, ctx: &Ctx, transit: &Transit<'_>, piece: PageRange) -> Result<(), Errno> {
-        let _inside = self.gate.enter(ctx.slot).map_err(|_| Errno::AGAIN)?;
-        let _registration = transit.block().lock_registration();
-        if self.os.is_changing() {
-            return Err(Errno::AGAIN);
-        }
-        self.os.register(piece, MANAGED)?;
-        if self.is_still_movable(piece) { Ok(()) } else { Err(Errno::SRCH) }
-    }
-
     /// Whether the mapping that the caller knows of is there, after it was registered: what is there then need not be what
     /// was there before, and registering only asks that something is. From now on every change raises an event.
     fn is_still_movable(&self, piece: PageRange) -> bool {
@@ -493,29 +480,27 @@ impl<O: Os> Core<O> {
         vma.is_ok_and(|v| v.is_some_and(|v| v.range.contains_range(piece) && refusal(&v).is_none()))
     }
 
-    /// `MOVE`s runs of held pages into `chunk`. Pages found shared or pinned go to `pass.shared`; they and those after
+    /// `MOVE`s runs of held pages, each to where `to` says. Pages found shared or pinned go to `pass.shared`; they and those after
     /// `stop` stay in `left`. Says whether some of those taken may have been holes.
-    fn move_runs(
+    pub(crate) fn move_runs(
         &self,
-        transit: &Transit<'_>,
-        berth: Berth,
+        block: Block,
+        to: &dyn Fn(usize) -> VirtAddr,
         left: &mut PageSet,
         taken: &mut PageSet,
         pass: &mut Pass,
         stop: &mut Option<Errno>,
     ) -> Src {
-        let block = transit.block();
         let mut src = Src::NoHoles;
         for run in left.runs() {
             let mut first = run.first;
             let end = run.first + run.count;
             while first < end {
                 let from = block.page(first);
-                let to = self.staging.addr(berth.slot(first));
                 let len = (end - first) as u64 * PAGE_SIZE;
                 // Where all pages are there, nobody has to look afterwards which of them were.
                 let holes = if src == Src::NoHoles { SrcHoles::Fail } else { SrcHoles::Allow };
-                let result = self.os.move_pages(to, from, len, holes, Wake::Later);
+                let result = self.os.move_pages(to(first), from, len, holes, Wake::Later);
                 let moved = usize::try_from(result.done / PAGE_SIZE).expect("at most a block");
                 for i in first..first + moved {
                     taken.insert(i);
@@ -834,7 +819,7 @@ pub(crate) struct Pass {
 
 /// What is known of the pages that setup took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Src {
+pub(crate) enum Src {
     NoHoles,
     MayHaveHoles,
 }

@@ -755,6 +755,7 @@ pub(crate) enum Role {
     Starter,
     Handler,
     Mover,
+    Doorkeeper,
     Reclaim,
     Stress,
 }
@@ -769,7 +770,8 @@ impl Role {
             0 => Self::Starter,
             1 => Self::Handler,
             2 => Self::Mover,
-            3 => Self::Reclaim,
+            3 => Self::Doorkeeper,
+            4 => Self::Reclaim,
             _ => Self::Stress,
         }
     }
@@ -819,6 +821,7 @@ fn thread_main(arg: usize) {
         Role::Starter => starter_main(),
         Role::Handler => running_core().run_handler(),
         Role::Mover => running_core().run_mover(),
+        Role::Doorkeeper => running_core().run_doorkeeper(),
         Role::Reclaim => running_core().run_reclaim(),
         Role::Stress => running_core().run_stress(),
     }
@@ -875,6 +878,7 @@ fn set_up(start: Start) -> Result<&'static Core<LinuxMm>, StartError> {
     for _ in 1..movers {
         spawn(threads, Role::Mover, None).map_err(StartError::Thread)?;
     }
+    spawn(threads, Role::Doorkeeper, None).map_err(StartError::Thread)?;
     Ok(core)
 }
 

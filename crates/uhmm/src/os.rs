@@ -13,9 +13,8 @@ use uhmm_sys::{
 };
 
 /// How the program's memory is registered, all of it: a range that was registered otherwise would be a mapping of its own
-/// to the kernel, and without write-protection faults the protection of a copy under way (see [`crate::freeze`]) would
-/// be lifted by the next operation beside it.
-pub(crate) const MANAGED: RegisterMode = RegisterMode::MISSING.union(RegisterMode::WP);
+/// to the kernel.
+pub(crate) const MANAGED: RegisterMode = RegisterMode::MISSING;
 
 /// The address space of a forked child, which nobody serves but its parent.
 pub trait ChildMm {
@@ -34,8 +33,6 @@ pub enum Event<C> {
         addr: VirtAddr,
         /// The thread, where the kernel says.
         tid: Option<u32>,
-        /// The page is there but write-protected by the engine.
-        wp: bool,
     },
     /// The process forked; the child's registered memory is in `child`'s care.
     Fork(C),
@@ -104,16 +101,6 @@ pub trait Os: Send + Sync + std::fmt::Debug + 'static {
     fn zero(&self, range: PageRange, wake: Wake) -> Copied;
     /// `UFFDIO_MOVE`.
     fn move_pages(&self, dst: VirtAddr, src: VirtAddr, len: u64, holes: SrcHoles, wake: Wake) -> Copied;
-    /// `UFFDIO_WRITEPROTECT`, on.
-    ///
-    /// # Errors
-    /// `EAGAIN` while an event is pending; `ENOENT` where nothing is registered.
-    fn write_protect(&self, range: PageRange) -> Result<(), Errno>;
-    /// `UFFDIO_WRITEPROTECT`, off; wakes writers that wait.
-    ///
-    /// # Errors
-    /// As [`Os::write_protect`].
-    fn write_unprotect(&self, range: PageRange) -> Result<(), Errno>;
     /// `UFFDIO_POISON`.
     fn poison(&self, range: PageRange) -> Copied;
     /// `UFFDIO_WAKE`.
@@ -129,11 +116,28 @@ pub trait Os: Send + Sync + std::fmt::Debug + 'static {
     /// Whatever `poll(2)` answers but `EINTR`.
     fn wait_event(&self, timeout_ms: Option<u32>) -> Result<bool, Errno>;
 
-    /// `MADV_DONTNEED` on the engine's own memory or on frozen pages of the program.
+    /// `MADV_DONTNEED` on the engine's own memory.
     ///
     /// # Errors
-    /// `EINVAL` where the kernel refuses (sealed memory).
+    /// `EINVAL` where the kernel refuses.
     fn zap(&self, range: PageRange) -> Result<(), Errno>;
+    /// See [`uhmm_sys::access::lift`].
+    ///
+    /// # Errors
+    /// See there.
+    fn lift(&self, from: PageRange, to: PageRange) -> Result<(), Errno>;
+    /// See [`uhmm_sys::access::renew`].
+    ///
+    /// # Errors
+    /// See there.
+    fn renew(&self, range: PageRange) -> Result<(), Errno>;
+    /// See [`uhmm_sys::access::lock_on_fault`].
+    ///
+    /// # Errors
+    /// See there.
+    fn lock_on_fault(&self, range: PageRange) -> Result<(), Errno>;
+    /// See [`uhmm_sys::access::is_locked`].
+    fn is_locked(&self, range: PageRange) -> bool;
     /// `MADV_POPULATE_READ`.
     ///
     /// # Errors

@@ -385,6 +385,9 @@ fn pages_wait_behind_a_mapping_without_access() {
 #[test]
 fn mlock_brings_pages_home_and_they_may_leave_again() {
     isolated!(|| {
+        if !has_move() {
+            return Err(Skip("without UFFDIO_MOVE locked memory stays".to_owned()));
+        }
         let world = World::with_kernel_faults(32)?;
         each_way(|shape, _| {
             let area = Area::filled(shape, 1, 1);

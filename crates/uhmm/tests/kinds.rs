@@ -255,6 +255,9 @@ fn rss_mib() -> u64 {
 #[test]
 fn everything_may_be_locked_before_the_engine_starts() {
     isolated!(|| {
+        if !has_move() {
+            return Err(Skip("without UFFDIO_MOVE locked memory stays".to_owned()));
+        }
         // SAFETY: changes no bytes.
         if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) } != 0 {
             return Err(Skip(format!("mlockall: {}", std::io::Error::last_os_error())));
@@ -277,6 +280,9 @@ fn everything_may_be_locked_before_the_engine_starts() {
 #[test]
 fn everything_may_be_locked_while_pages_are_away() {
     isolated!(|| {
+        if !has_move() {
+            return Err(Skip("without UFFDIO_MOVE locked memory stays".to_owned()));
+        }
         let world = World::with_kernel_faults(16)?;
         let area = Area::filled(Shape::Small, 2, 1);
         world.send(&area);

@@ -30,8 +30,8 @@ use uhmm_testkit::{Skip, isolated};
 use crate::common::{
     Plain,
     kit::{
-        Area, BLOCK, End, PAGE, RW, Random, Shape, Via, WAYS, fork_child, has_fork_events, map, open, page_error, peek,
-        raw_fork_child, syscall, unmap, virt, wait_for, write_page,
+        Area, BLOCK, End, PAGE, RW, Random, Shape, Via, WAYS, fork_child, has_fork_events, has_move, map, open,
+        page_error, peek, raw_fork_child, syscall, unmap, virt, wait_for, write_page,
     },
 };
 
@@ -43,23 +43,47 @@ enum Holds {
     Stamp(u64, usize),
 }
 
+/// Where a thread maps its memory.
+///
+/// Without `UFFDIO_MOVE` nobody may map memory at the very moment at which another thread has unmapped it (see
+/// docs/soundness.md): each thread then has addresses of its own.
+#[derive(Debug, Clone, Copy)]
+struct Pool(Option<usize>);
+
+impl Pool {
+    fn new(thread: u64) -> Self {
+        let first = usize::try_from(thread + 1).unwrap() << 36;
+        Self((!has_move()).then_some(first))
+    }
+
+    fn map(&self, len: usize, random: &mut Random) -> usize {
+        let Some(first) = self.0 else { return map(0, len, RW, 0) };
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+        // The last mapping may still be there.
+        (0..100)
+            .find_map(|_| Via::Libc.mmap(first + random.below(1 << 11) * (1 << 25), len, RW, flags, -1).ok())
+            .expect("most of the addresses are free")
+    }
+}
+
 /// Memory of one thread, and what it knows of it.
 struct Own {
+    pool: Pool,
     area: Area,
     pages: Vec<Holds>,
     read_only: bool,
 }
 
 impl Own {
-    fn new(random: &mut Random) -> Self {
+    fn new(pool: Pool, random: &mut Random) -> Self {
         let pages = 1 + random.below(1200);
         let shape = if random.below(2) == 0 { Shape::Small } else { Shape::Huge };
         let len = pages * PAGE;
-        let start = map(0, len, RW, 0);
+        let start = pool.map(len, random);
         if shape == Shape::Huge {
             Via::Libc.madvise(start, len, libc::MADV_HUGEPAGE);
         }
-        Self { area: Area { start, pages }, pages: vec![Holds::Zero; pages], read_only: false }
+        Self { pool, area: Area { start, pages }, pages: vec![Holds::Zero; pages], read_only: false }
     }
 
     fn check(&self, n: usize) {
@@ -164,7 +188,7 @@ impl Race<'_> {
             places.push(Area { start: 0, pages: 1 });
             places.len() - 1
         };
-        let mut own = Own::new(&mut random);
+        let mut own = Own::new(Pool::new(n), &mut random);
         let mut tag = n << 24;
         while !self.stop.load(Relaxed) {
             self.places.lock().unwrap()[slot] = own.area;
@@ -231,7 +255,7 @@ impl Race<'_> {
             }
             17 => {
                 assert_eq!(via.munmap(own.area.start, own.area.len()), 0);
-                *own = Own::new(random);
+                *own = Own::new(own.pool, random);
             }
             18 if self.rules.system_calls => self.system_call(own, &part, some.start),
             _ => {
@@ -251,12 +275,12 @@ impl Race<'_> {
     /// pieces, and must then have changed nothing: a move to a given place that does not grow may stop half-way.
     fn remap(&self, own: &mut Own, random: &mut Random, via: Via) {
         let grown = own.area.pages + 1 + random.below(300);
-        let (pages, moved) = if random.below(2) == 0 {
+        let (pages, moved) = if own.pool.0.is_none() && random.below(2) == 0 {
             let pages = if random.below(3) == 0 { 1 + random.below(own.area.pages) } else { grown };
             (pages, via.mremap(own.area.start, own.area.len(), pages * PAGE, libc::MREMAP_MAYMOVE, 0))
         } else {
             // To any page offset within a block, over a mapping that was made for it.
-            let room = map(0, grown * PAGE + BLOCK, RW, 0);
+            let room = own.pool.map(grown * PAGE + BLOCK, random);
             let to = room + random.below(512) * PAGE;
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
             let moved = via.mremap(own.area.start, own.area.len(), grown * PAGE, flags, to);
