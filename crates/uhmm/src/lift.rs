@@ -234,14 +234,22 @@ impl<O: Os> Core<O> {
             Err(_) => PageSet::span(run.first, run.first + run.count),
         };
         let (mut readable, mut stuck) = (PageSet::EMPTY, PageSet::EMPTY);
-        for i in present.iter() {
-            let one = self.lifts.place(Run { first: i, count: 1 });
-            if self.os.read(one.start(), self.staging.bytes(berth.slot(i), 1)).stop.is_none() {
-                readable.insert(i);
-            } else {
-                // It became so a moment ago, and goes back as it is.
-                self.os.lift(one, PageRange::page_of(transit.block().page(i)))?;
-                stuck.insert(i);
+        for there in present.runs() {
+            let mut first = there.first;
+            while first < there.first + there.count {
+                let rest = Run { first, count: there.first + there.count - first };
+                let read =
+                    self.os.read(self.lifts.place(rest).start(), self.staging.bytes(berth.slot(first), rest.count));
+                let until = first + usize::try_from(read.done / PAGE_SIZE).expect("at most a block");
+                (first..until).for_each(|i| readable.insert(i));
+                first = until;
+                if read.stop.is_some() {
+                    // It became so a moment ago, and goes back as it is.
+                    let one = Run { first, count: 1 };
+                    self.os.lift(self.lifts.place(one), transit.block().run(one))?;
+                    stuck.insert(first);
+                    first += 1;
+                }
             }
         }
         if !ours {
@@ -398,11 +406,13 @@ impl<O: Os> Core<O> {
         // Without an answer all are copied: a hole costs a page of zeros then.
         let known = self.os.scan(hop.used, &mut pages[..run.count]).is_ok();
         for i in moved.iter() {
-            if !known || pages[i - run.first].intersects(Page::PRESENT | Page::SWAPPED) {
-                let there = self.lifts.place(Run { first: i, count: 1 });
-                let there = HostBytes::in_arena(there.start(), PAGE_SIZE).expect("the hop is in the arena");
-                HostBytes::copy_between(there, self.staging.bytes(berth.slot(i), 1));
+            if known && !pages[i - run.first].intersects(Page::PRESENT | Page::SWAPPED) {
+                transit.set(i, Place::Cpu);
+                continue;
             }
+            let there = self.lifts.place(Run { first: i, count: 1 });
+            let there = HostBytes::in_arena(there.start(), PAGE_SIZE).expect("the hop is in the arena");
+            HostBytes::copy_between(there, self.staging.bytes(berth.slot(i), 1));
         }
         *taken = taken.or(&moved);
         stop.map_or(Ok(run.count), Err)

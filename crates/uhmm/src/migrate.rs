@@ -434,11 +434,12 @@ impl<O: Os> Core<O> {
         // `MOVE` refuses memory that differs from staging in more than its place: it is locked or executable, say.
         if lifted && stop.is_none() || stop == Some(Errno::INVAL) && taken.is_empty() && plan.why.is_asked() {
             (taken, stop) = self.lift_out(ctx, transit, berth, changes, &mut left, pass);
-            holes = Src::MayHaveHoles;
+            holes = Src::Told;
         }
         let (present, huge) = match holes {
             Src::NoHoles => (taken, taken == PageSet::ALL && self.is_huge(self.staging.chunk_range(berth.chunk))),
             Src::MayHaveHoles => self.present(berth, &taken),
+            Src::Told => (taken.iter().filter(|&i| transit.place(i) != Place::Cpu).collect(), false),
         };
         let holes = taken.minus(&present);
         for i in holes.iter() {
@@ -822,6 +823,8 @@ pub(crate) struct Pass {
 pub(crate) enum Src {
     NoHoles,
     MayHaveHoles,
+    /// Those that were there are known as staged already.
+    Told,
 }
 
 /// What setup took.

@@ -107,6 +107,12 @@ impl<O: Os> Core<O> {
         let hooks = *HOOKS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(hooks) = hooks {
             let page = range.start().add(random.below(count) * PAGE_SIZE);
+            // The engine's own memory is none of the device's business.
+            let mut own = false;
+            ctx.excluded.touching(PageRange::page_of(page), |_| own = true);
+            if own {
+                return;
+            }
             hooks.device_access(page.add(random.below(PAGE_SIZE / 8) * 8), random.next());
         }
     }
