@@ -98,6 +98,8 @@ pub(crate) struct Core<O: Os> {
     pub(crate) stop: AtomicU32,
     /// The limit that reclaim keeps, in bytes; see [`crate::reclaim`].
     pub(crate) resident_limit: AtomicU64,
+    /// Microseconds that a fault waits before it brings more home: not zero while reclaim cannot keep up.
+    pub(crate) throttle_us: AtomicU32,
 }
 
 /// An operation that takes pages out is under way; a fork waits for its end.
@@ -128,6 +130,9 @@ impl<O: Os> Core<O> {
         // A destination of MOVE has to be registered; for write-protection only, so that its holes fill natively.
         if os.has_move() {
             os.register(staging.range(), RegisterMode::WP)?;
+        } else {
+            // Nothing is moved home, so nothing can be moved home in it.
+            staging.never_recycle();
         }
         Self::assemble(os, Blocks::new(config.max_blocks)?, staging, Lifts::new()?, stats, 0)
     }
@@ -162,6 +167,7 @@ impl<O: Os> Core<O> {
             max_mappings: uhmm_sys::limits::max_map_count().unwrap_or(65_530),
             stop: AtomicU32::new(0),
             resident_limit: AtomicU64::new(u64::MAX),
+            throttle_us: AtomicU32::new(0),
             os,
         })
     }

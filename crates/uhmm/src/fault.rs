@@ -4,6 +4,8 @@
 //! waits for anybody who might wait for the program: it takes page locks only where they are free, and leaves a mark
 //! otherwise.
 
+use std::sync::atomic::Ordering::Relaxed;
+
 use uhmm_sys::{
     Errno,
     addr::{BLOCK_PAGES, PAGE_SIZE, PageRange, VirtAddr},
@@ -57,6 +59,7 @@ impl<O: Os> Core<O> {
                     }
                 }
                 Place::Staged { .. } | Place::Device { .. } => {
+                    self.throttle(attempt);
                     let window = policy::fault_window(block.policy(), i, |n| !block.word(n).is_cpu());
                     let left_at = block.history(i).0;
                     let outcome =
@@ -77,6 +80,15 @@ impl<O: Os> Core<O> {
         }
         self.stats.add(Counter::FaultsStale, 1);
         self.os.wake(page);
+    }
+
+    /// Waits a little where more memory has come home of late than reclaim could send away. Once a fault: it is served in
+    /// any case.
+    fn throttle(&self, attempt: u32) {
+        let us = self.throttle_us.load(Relaxed);
+        if attempt == 0 && us != 0 {
+            std::thread::sleep(std::time::Duration::from_micros(u64::from(us)));
+        }
     }
 
     /// Makes a touch of the page a signal: its bytes are lost. Returns why it is not so yet, if the kernel refused.

@@ -38,6 +38,7 @@ use crate::{
     migrate::{Berth, Pass, refusal},
     os::{MANAGED, Os},
     page_set::{PageSet, Run},
+    staging::Slot,
     thread::Ctx,
 };
 
@@ -226,6 +227,11 @@ impl<O: Os> Core<O> {
         let part = transit.block().run(run);
         let hop = self.hop(run);
         self.lift(part, hop.used, probe, changes)?;
+        if self.is_foreign(hop.used, probe, berth.slot(run.first)) {
+            // At once, before its owner misses them.
+            self.os.lift(hop.used, part)?;
+            return Err(Errno::AGAIN);
+        }
         let ours = self.was_told();
         let mut pages = [Page::empty(); BLOCK_PAGES];
         let pages = &mut pages[..run.count];
@@ -294,6 +300,8 @@ impl<O: Os> Core<O> {
     pub(crate) fn run_doorkeeper(&'static self) {
         let ctx = self.new_ctx();
         let lifts = &self.lifts;
+        // Whoever lifts waits for it. Without the privilege it is one among many.
+        let _ = uhmm_sys::thread::set_nice(-20);
         while self.stop.load(Relaxed) == 0 {
             let seen = lifts.door.load(Acquire);
             if seen != ASKED {
@@ -348,6 +356,16 @@ impl<O: Os> Core<O> {
             pause(&mut spins);
         }
         Hop { core: self, used: self.lifts.place(run) }
+    }
+
+    /// Whether what was lifted to `to` was not registered, as far as that can be told at once.
+    fn is_foreign(&self, to: PageRange, probe: usize, slot: Slot) -> bool {
+        // Where there is a page already a copy is refused, but for another reason where nothing is registered.
+        let at = to.start().add(probe as u64 * PAGE_SIZE);
+        (0..8)
+            .map(|_| self.os.copy(at, self.staging.bytes(slot, 1), Wake::Later).stop)
+            .find(|&stop| stop != Some(Errno::AGAIN))
+            .is_some_and(|stop| stop == Some(Errno::NOENT))
     }
 
     /// Whether the lift that was made raised an event.

@@ -84,6 +84,9 @@ impl Queue {
     }
 }
 
+/// How long a fault waits for reclaim that is behind: long enough for it to write a block out.
+const THROTTLE_US: u32 = 250;
+
 /// The hand of the clock.
 struct Hand {
     walk: Walk,
@@ -115,6 +118,8 @@ impl<O: Os> Core<O> {
             // What the program may add until the next look counts as there already.
             let growth = rss.saturating_sub(last_rss).min(limit / 4);
             last_rss = rss;
+            let behind = rss > limit.saturating_add(limit / 16 + (8 << 20));
+            self.throttle_us.store(if behind { THROTTLE_US } else { 0 }, Relaxed);
             let over = (rss + growth).saturating_sub(limit - limit / 16);
             if over == 0 {
                 hand.idle_rounds = 0;
@@ -153,7 +158,9 @@ impl<O: Os> Core<O> {
                 continue;
             }
             if !enough && hand.idle_rounds < 2 {
-                worked |= self.set_aside_next(ctx, queue, hand, urgent);
+                let (any, out) = self.set_aside_next(ctx, queue, hand, urgent);
+                worked |= any;
+                need = need.saturating_sub(out);
                 continue;
             }
             break;
@@ -161,14 +168,16 @@ impl<O: Os> Core<O> {
         worked
     }
 
-    /// Sets the pages of the next block aside that the hand comes upon. Returns whether any could be.
-    fn set_aside_next(&'static self, ctx: &mut Ctx, queue: &mut Queue, hand: &mut Hand, urgent: bool) -> bool {
+    /// Sets the pages of the next block aside that the hand comes upon. Returns whether any could be, and how many went on
+    /// to a device at once: where pages are copied to be set aside (no `MOVE`), and again to come home, that is as cheap.
+    fn set_aside_next(&'static self, ctx: &mut Ctx, queue: &mut Queue, hand: &mut Hand, urgent: bool) -> (bool, u64) {
         let Some(part) = self.next_part(&mut hand.walk) else {
             hand.idle_rounds += 1;
-            return false;
+            return (false, 0);
         };
+        let to = if self.os.has_move() { None } else { self.roomy_device(part.pages()) };
         let plan = Plan {
-            to: None,
+            to,
             why: Why::Cold,
             holes: Holes::Skip,
             other_devices: OtherDevices::Leave,
@@ -177,13 +186,29 @@ impl<O: Os> Core<O> {
         };
         let mut outcomes = Outcomes::new();
         self.migrate_out(ctx, part, &plan, &mut outcomes);
-        if outcomes.pages(PageOutcome::Moved).is_empty() {
-            return false;
+        let moved = outcomes.pages(PageOutcome::Moved);
+        if moved.is_empty() {
+            return (false, 0);
         }
         hand.idle_rounds = 0;
+        if to.is_some() {
+            return (true, moved.count() as u64);
+        }
         // A full queue only means that these pages are tried for as long as it takes to come round again.
         let _ = queue.push(part.start().block(), self.now_ms());
-        true
+        (true, 0)
+    }
+
+    /// The first device that has room for so many pages.
+    fn roomy_device(&self, pages: usize) -> Option<DeviceId> {
+        let mut found = None;
+        self.devices.for_each(|entry| {
+            let room = entry.is_live() && entry.pgmap().is_some_and(|map| map.free() as usize >= pages);
+            if found.is_none() && room {
+                found = Some(entry.id());
+            }
+        });
+        found
     }
 
     /// The next part of a block with memory that may move; the walk goes past it. `None` at the end of a round, or where

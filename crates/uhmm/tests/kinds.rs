@@ -30,7 +30,7 @@ use crate::common::{
     eventually,
     kit::{
         Area, BLOCK, End, PAGE, RW, SHAPES, Shape, Via, World, arg, errno, expect_page, fork_child, has_move, map,
-        peek, pointer, poke, summary, syscall, virt, wait_for,
+        may_lock_more, peek, pointer, poke, summary, syscall, virt, wait_for,
     },
 };
 
@@ -255,6 +255,11 @@ fn rss_mib() -> u64 {
 #[test]
 fn everything_may_be_locked_before_the_engine_starts() {
     isolated!(|| {
+        if !may_lock_more() {
+            return Err(Skip(
+                "locked memory moves by way of locked memory, which is limited here (RLIMIT_MEMLOCK)".to_owned(),
+            ));
+        }
         if !has_move() {
             return Err(Skip("without UFFDIO_MOVE locked memory stays".to_owned()));
         }
@@ -280,6 +285,11 @@ fn everything_may_be_locked_before_the_engine_starts() {
 #[test]
 fn everything_may_be_locked_while_pages_are_away() {
     isolated!(|| {
+        if !may_lock_more() {
+            return Err(Skip(
+                "locked memory moves by way of locked memory, which is limited here (RLIMIT_MEMLOCK)".to_owned(),
+            ));
+        }
         if !has_move() {
             return Err(Skip("without UFFDIO_MOVE locked memory stays".to_owned()));
         }

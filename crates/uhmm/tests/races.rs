@@ -45,15 +45,15 @@ enum Holds {
 
 /// Where a thread maps its memory.
 ///
-/// Without `UFFDIO_MOVE` nobody may map memory at the very moment at which another thread has unmapped it (see
-/// docs/soundness.md): each thread then has addresses of its own.
+/// Pages that cannot leave by `UFFDIO_MOVE` may not be mapped at the very moment at which another thread has unmapped what
+/// was there (see docs/soundness.md): each thread then has addresses of its own.
 #[derive(Debug, Clone, Copy)]
 struct Pool(Option<usize>);
 
 impl Pool {
-    fn new(thread: u64) -> Self {
+    fn new(thread: u64, rules: &Rules) -> Self {
         let first = usize::try_from(thread + 1).unwrap() << 36;
-        Self((!has_move()).then_some(first))
+        Self((rules.protects || !has_move()).then_some(first))
     }
 
     fn map(&self, len: usize, random: &mut Random) -> usize {
@@ -123,6 +123,8 @@ struct Rules {
     /// Forks by the bare system call, where it is seen.
     bare_forks: bool,
     system_calls: bool,
+    /// Memory is read-only at times.
+    protects: bool,
 }
 
 impl Rules {
@@ -132,7 +134,7 @@ impl Rules {
         let seed = number("UHMM_SEED").unwrap_or(u64::from(now.subsec_nanos()));
         println!("UHMM_SEED={seed}");
         let seconds = number("UHMM_RACE_SECONDS").unwrap_or(5);
-        Self { seed, seconds, owners: 2, movers: 2, forks: 0, bare_forks: false, system_calls: false }
+        Self { seed, seconds, owners: 2, movers: 2, forks: 0, bare_forks: false, system_calls: false, protects: true }
     }
 }
 
@@ -188,7 +190,7 @@ impl Race<'_> {
             places.push(Area { start: 0, pages: 1 });
             places.len() - 1
         };
-        let mut own = Own::new(Pool::new(n), &mut random);
+        let mut own = Own::new(Pool::new(n, &self.rules), &mut random);
         let mut tag = n << 24;
         while !self.stop.load(Relaxed) {
             self.places.lock().unwrap()[slot] = own.area;
@@ -249,7 +251,7 @@ impl Race<'_> {
                 }
             }
             14 | 15 => self.remap(own, random, via),
-            16 => {
+            16 if self.rules.protects => {
                 let read_only = !own.read_only;
                 protect(own, read_only);
             }
@@ -402,7 +404,9 @@ fn everything_at_once_with_more_threads_than_processors() {
     isolated!(|| {
         let mm = open()?;
         let mirrors = two_devices(&mm);
-        let rules = Rules { owners: 6, movers: 3, system_calls: mm.serves_kernel_faults(), ..Rules::new() };
+        let system_calls = mm.serves_kernel_faults();
+        // Here threads map what others have just unmapped.
+        let rules = Rules { owners: 6, movers: 3, system_calls, protects: false, ..Rules::new() };
         race(mm, mirrors, rules);
         Ok(())
     });

@@ -121,6 +121,16 @@ pub fn has_move() -> bool {
     !masked(Cap::Move) && Uffd::open(Features::MOVE).is_ok_and(|uffd| uffd.features().contains(Features::MOVE))
 }
 
+/// Whether there is no limit to how much memory may be locked.
+pub fn may_lock_more() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    let unlimited = limits.lines().any(|line| line.starts_with("Max locked memory") && line.contains("unlimited"));
+    // CAP_IPC_LOCK is bit 14.
+    let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    unlimited || capabilities.is_some_and(|bits| u64::from_str_radix(bits.trim(), 16).unwrap_or(0) >> 14 & 1 != 0)
+}
+
 /// Whether forks by a raw system call can be seen here.
 pub fn has_fork_events() -> bool {
     let wanted = Features::EVENT_FORK;
