@@ -286,7 +286,9 @@ pub fn renew(range: PageRange) -> Result<(), Errno> {
     // SAFETY: untyped memory of the arena, into which no reference leads, stays readable and writable.
     unsafe { raw::syscall(libc::SYS_mmap, args) }?;
     // SAFETY: changes no bytes. See `arena::reserve`.
-    unsafe { raw::syscall(libc::SYS_munlock, [range.start().get(), range.bytes()]) }.map(drop)
+    unsafe { raw::syscall(libc::SYS_munlock, [range.start().get(), range.bytes()]) }?;
+    // After `mlockall` with `MCL_FUTURE` it was filled at once.
+    zap(range)
 }
 
 /// Makes a mapping of `range`, memory of [`arena::pages`], that counts as locked, so that `UFFDIO_MOVE` takes pages of

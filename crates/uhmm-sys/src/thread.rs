@@ -71,6 +71,9 @@ struct Slot {
 /// No thread has this id.
 const CLAIMED: u32 = u32::MAX;
 
+/// How often a thread is asked for where there are none, a millisecond later than before each time.
+const TRIES: u64 = 20;
+
 /// All slots. Only grows.
 static SLOTS: AtomicPtr<Slot> = AtomicPtr::new(null_mut());
 
@@ -185,12 +188,21 @@ pub fn spawn(kind: Kind, name: &str, cpu: Option<usize>, entry: fn(usize), arg: 
     unsafe { place.write(record) };
 
     let blocked = block_signals(kind);
-    let tid = match kind {
+    let start = || match kind {
         // SAFETY: the slot is claimed, so its stack and block are nobody's, and the record is in place.
         Kind::Raw => unsafe { spawn_raw(slot, recipe) },
         // SAFETY: as above.
         Kind::Pthread => unsafe { spawn_pthread(slot) },
     };
+    let mut tid = start();
+    // On a machine full of short-lived threads the kernel runs out of them for moments, which pass.
+    for tries in 1..TRIES {
+        if tid != Err(Errno::AGAIN) {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(tries));
+        tid = start();
+    }
     set_signals(blocked);
     match tid {
         Ok(tid) => Ok(ThreadHandle { slot, tid }),

@@ -431,8 +431,10 @@ impl<O: Os> Core<O> {
                 }
             }
         }
-        // `MOVE` refuses memory that differs from staging in more than its place: it is locked or executable, say.
-        if lifted && stop.is_none() || stop == Some(Errno::INVAL) && taken.is_empty() && plan.why.is_asked() {
+        // `MOVE` refuses memory that differs from staging in more than its place.
+        let differs =
+            stop == Some(Errno::INVAL) && taken.is_empty() && plan.why.is_asked() && self.differs(piece, prot);
+        if lifted && stop.is_none() || differs {
             (taken, stop) = self.lift_out(ctx, transit, berth, changes, &mut left, pass);
             holes = Src::Told;
         }
@@ -472,6 +474,13 @@ impl<O: Os> Core<O> {
             refuse(transit, &left, outcome);
         }
         TakenOut { present, holes, huge: huge && present == PageSet::ALL }
+    }
+
+    /// Whether memory with this protection is unlike staging: it is locked or executable. If not, the
+    /// mapping was cut since it was looked up.
+    fn differs(&self, piece: PageRange, prot: Prot) -> bool {
+        let whole = self.os.vma(piece.start()).is_ok_and(|v| v.is_some_and(|v| v.range.contains_range(piece)));
+        whole && (prot != Prot::READ | Prot::WRITE || self.os.is_locked(piece))
     }
 
     /// Whether the mapping that the caller knows of is there, after it was registered: what is there then need not be what
