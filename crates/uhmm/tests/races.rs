@@ -133,7 +133,7 @@ impl Rules {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
         let seed = number("UHMM_SEED").unwrap_or(u64::from(now.subsec_nanos()));
         println!("UHMM_SEED={seed}");
-        let seconds = number("UHMM_RACE_SECONDS").unwrap_or(5);
+        let seconds = number("UHMM_RACE_SECONDS").unwrap_or(3);
         Self { seed, seconds, owners: 2, movers: 2, forks: 0, bare_forks: false, system_calls: false, protects: true }
     }
 }
