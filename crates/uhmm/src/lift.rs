@@ -156,8 +156,8 @@ impl<O: Os> Drop for Hop<'_, O> {
 }
 
 impl<O: Os> Core<O> {
-    /// Takes held pages of a range out without `MOVE` that was registered when there had been so many `changes`. Returns those that are gone from the program
-    /// (holes included), the others stay in `left`; and why it stopped, if it did.
+    /// Takes held pages of a range out without `MOVE` that was registered when there had been so many `changes`. Returns
+    /// those that are gone from the program (holes included), the others stay in `left`; and why it stopped, if it did.
     pub(crate) fn lift_out(
         &'static self,
         ctx: &Ctx,
@@ -227,9 +227,8 @@ impl<O: Os> Core<O> {
         let part = transit.block().run(run);
         let hop = self.hop(run);
         self.lift(part, hop.used, probe, changes)?;
-        if self.is_foreign(hop.used, probe, berth.slot(run.first)) {
-            // At once, before its owner misses them.
-            self.os.lift(hop.used, part)?;
+        // At once, before its owner misses them; where that fails they go back by copy, below.
+        if self.is_foreign(hop.used, probe, berth.slot(run.first)) && self.os.lift(hop.used, part).is_ok() {
             return Err(Errno::AGAIN);
         }
         let ours = self.was_told();
@@ -250,9 +249,13 @@ impl<O: Os> Core<O> {
                 (first..until).for_each(|i| readable.insert(i));
                 first = until;
                 if read.stop.is_some() {
-                    // It became so a moment ago, and goes back as it is.
+                    // It became so a moment ago, and goes back as it is. It has no bytes: where it cannot, a touch is to be
+                    // a signal on. The others are not given up for it.
                     let one = Run { first, count: 1 };
-                    self.os.lift(self.lifts.place(one), transit.block().run(one))?;
+                    let home = transit.block().run(one);
+                    if self.os.lift(self.lifts.place(one), home).is_err() {
+                        let _ = self.os.poison(home);
+                    }
                     stuck.insert(first);
                     first += 1;
                 }
