@@ -38,6 +38,14 @@ bitflags! {
     }
 }
 
+impl Page {
+    /// Whether there is a page, in RAM or swapped out, or a marker that stands for one: no hole.
+    #[must_use]
+    pub const fn is_there(self) -> bool {
+        self.intersects(Self::PRESENT.union(Self::SWAPPED))
+    }
+}
+
 #[repr(C)]
 struct ScanArg {
     size: u64,

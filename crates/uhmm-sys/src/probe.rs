@@ -271,9 +271,9 @@ impl Cap {
             Self::Move => (
                 "move",
                 Limit,
-                "pages leave by write-protect, copy and drop: slower, and pages pinned for I/O cannot be told from others",
+                "pages leave by mremap and copy: slower, locked memory stays, and pages pinned for I/O cannot be told from others",
             ),
-            Self::WriteProtect => ("wp", Limit, "without move nothing can leave; exclusive access is not possible"),
+            Self::WriteProtect => ("wp", Limit, "staging cannot be registered, and nothing can leave by move"),
             Self::WpUnpopulated => {
                 ("wp-unpopulated", Speed, "a page that is away looks like one never touched in pagemap")
             }

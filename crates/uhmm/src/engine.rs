@@ -98,8 +98,8 @@ pub(crate) struct Core<O: Os> {
     pub(crate) stop: AtomicU32,
     /// The limit that reclaim keeps, in bytes; see [`crate::reclaim`].
     pub(crate) resident_limit: AtomicU64,
-    /// Microseconds that a fault waits before it brings more home: not zero while reclaim cannot keep up.
-    pub(crate) throttle_us: AtomicU32,
+    /// Whether more comes home than reclaim can send away: faults wait a little then.
+    pub(crate) reclaim_is_behind: AtomicBool,
 }
 
 /// An operation that takes pages out is under way; a fork waits for its end.
@@ -167,7 +167,7 @@ impl<O: Os> Core<O> {
             max_mappings: uhmm_sys::limits::max_map_count().unwrap_or(65_530),
             stop: AtomicU32::new(0),
             resident_limit: AtomicU64::new(u64::MAX),
-            throttle_us: AtomicU32::new(0),
+            reclaim_is_behind: AtomicBool::new(false),
             os,
         })
     }

@@ -20,6 +20,7 @@ use crate::{
     os::{MANAGED, Os},
     page_set::{PageSet, Run},
     policy,
+    reclaim::THROTTLE,
     thread::Ctx,
     trace::{Counter, Why},
 };
@@ -85,9 +86,8 @@ impl<O: Os> Core<O> {
     /// Waits a little where more memory has come home of late than reclaim could send away. Once a fault: it is served in
     /// any case.
     fn throttle(&self, attempt: u32) {
-        let us = self.throttle_us.load(Relaxed);
-        if attempt == 0 && us != 0 {
-            std::thread::sleep(std::time::Duration::from_micros(u64::from(us)));
+        if attempt == 0 && self.reclaim_is_behind.load(Relaxed) {
+            std::thread::sleep(THROTTLE);
         }
     }
 

@@ -357,7 +357,7 @@ impl<O: Os> Core<O> {
         let mut staged = PageSet::EMPTY;
         for (i, page) in pages.iter().enumerate() {
             let place = block.word(i).place();
-            let here = page.intersects(Page::PRESENT | Page::SWAPPED);
+            let here = page.is_there();
             match place {
                 Place::Device { device, pfn } if here => {
                     block.settle_in_child(i, Place::Cpu);

@@ -232,12 +232,7 @@ impl<O: Os> Core<O> {
             return Err(Errno::AGAIN);
         }
         let ours = self.was_told();
-        let mut pages = [Page::empty(); BLOCK_PAGES];
-        let pages = &mut pages[..run.count];
-        let present: PageSet = match self.os.scan(hop.used, pages) {
-            Ok(()) => run.pages().filter(|i| pages[i - run.first].intersects(Page::PRESENT | Page::SWAPPED)).collect(),
-            Err(_) => PageSet::span(run.first, run.first + run.count),
-        };
+        let present = self.in_hop(run);
         let (mut readable, mut stuck) = (PageSet::EMPTY, PageSet::EMPTY);
         for there in present.runs() {
             let mut first = there.first;
@@ -333,7 +328,7 @@ impl<O: Os> Core<O> {
         let mut page = [Page::empty(); 1];
         self.lifts.door.load(Acquire) == LIFTING
             && self.os.scan(PageRange::page_of(at), &mut page).is_ok()
-            && page[0].intersects(Page::PRESENT | Page::SWAPPED)
+            && page[0].is_there()
     }
 
     /// How many pages there are in `run` before the first that is there and has no bytes; and the number
@@ -349,7 +344,7 @@ impl<O: Os> Core<O> {
                 && self.os.read(at, self.staging.bytes(berth.slot(run.first + n), 1)).stop.is_some()
         };
         let count = (0..run.count).find(is_stuck).unwrap_or(run.count);
-        Ok((count, pages[..count].iter().position(|page| page.intersects(Page::PRESENT | Page::SWAPPED))))
+        Ok((count, pages[..count].iter().position(|page| page.is_there())))
     }
 
     /// Waits until nobody uses the hop, and takes it for a run of pages.
@@ -359,6 +354,14 @@ impl<O: Os> Core<O> {
             pause(&mut spins);
         }
         Hop { core: self, used: self.lifts.place(run) }
+    }
+
+    /// The pages of `run` that stand in the hop. Without an answer all do: a hole costs a page of zeros then.
+    fn in_hop(&self, run: Run) -> PageSet {
+        let mut pages = [Page::empty(); BLOCK_PAGES];
+        let pages = &mut pages[..run.count];
+        let known = self.os.scan(self.lifts.place(run), pages).is_ok();
+        run.pages().filter(|i| !known || pages[i - run.first].is_there()).collect()
     }
 
     /// Whether what was lifted to `to` was not registered, as far as that can be told at once.
@@ -423,11 +426,9 @@ impl<O: Os> Core<O> {
                 transit.set(i, Place::Staged { slot: berth.slot(i), exclusive: None });
             }
         }
-        let mut pages = [Page::empty(); BLOCK_PAGES];
-        // Without an answer all are copied: a hole costs a page of zeros then.
-        let known = self.os.scan(hop.used, &mut pages[..run.count]).is_ok();
+        let present = self.in_hop(run);
         for i in moved.iter() {
-            if known && !pages[i - run.first].intersects(Page::PRESENT | Page::SWAPPED) {
+            if !present.has(i) {
                 transit.set(i, Place::Cpu);
                 continue;
             }

@@ -476,22 +476,25 @@ impl<O: Os> Core<O> {
         TakenOut { present, holes, huge: huge && present == PageSet::ALL }
     }
 
-    /// Whether memory with this protection is unlike staging: it is locked or executable. If not, the
-    /// mapping was cut since it was looked up.
+    /// The mapping that holds all of `piece`, if one does.
+    fn whole_vma(&self, piece: PageRange) -> Option<Vma> {
+        self.os.vma(piece.start()).ok()?.filter(|vma| vma.range.contains_range(piece))
+    }
+
+    /// Whether memory with this protection is unlike staging: it is locked or executable. If not, the mapping was cut
+    /// since it was looked up.
     fn differs(&self, piece: PageRange, prot: Prot) -> bool {
-        let whole = self.os.vma(piece.start()).is_ok_and(|v| v.is_some_and(|v| v.range.contains_range(piece)));
-        whole && (prot != Prot::READ | Prot::WRITE || self.os.is_locked(piece))
+        self.whole_vma(piece).is_some() && (prot != Prot::READ | Prot::WRITE || self.os.is_locked(piece))
     }
 
     /// Whether the mapping that the caller knows of is there, after it was registered: what is there then need not be what
     /// was there before, and registering only asks that something is. From now on every change raises an event.
     fn is_still_movable(&self, piece: PageRange) -> bool {
-        let vma = self.os.vma(piece.start());
-        vma.is_ok_and(|v| v.is_some_and(|v| v.range.contains_range(piece) && refusal(&v).is_none()))
+        self.whole_vma(piece).is_some_and(|vma| refusal(&vma).is_none())
     }
 
-    /// `MOVE`s runs of held pages, each to where `to` says. Pages found shared or pinned go to `pass.shared`; they and those after
-    /// `stop` stay in `left`. Says whether some of those taken may have been holes.
+    /// `MOVE`s runs of held pages, each to where `to` says. Pages found shared or pinned go to `pass.shared`; they and those
+    /// after `stop` stay in `left`. Says whether some of those taken may have been holes.
     pub(crate) fn move_runs(
         &self,
         block: Block,
@@ -557,10 +560,7 @@ impl<O: Os> Core<O> {
             // Treating a hole as a page costs a copy of zeros; the reverse would lose a page.
             return (*taken, false);
         }
-        let present = around
-            .pages()
-            .filter(|i| taken.has(*i) && pages[i - around.first].intersects(Page::PRESENT | Page::SWAPPED))
-            .collect();
+        let present = around.pages().filter(|i| taken.has(*i) && pages[i - around.first].is_there()).collect();
         (present, pages[0].contains(Page::HUGE))
     }
 

@@ -85,7 +85,7 @@ impl Queue {
 }
 
 /// How long a fault waits for reclaim that is behind: long enough for it to write a block out.
-const THROTTLE_US: u32 = 250;
+pub(crate) const THROTTLE: Duration = Duration::from_micros(250);
 
 /// The hand of the clock.
 struct Hand {
@@ -119,7 +119,7 @@ impl<O: Os> Core<O> {
             let growth = rss.saturating_sub(last_rss).min(limit / 4);
             last_rss = rss;
             let behind = rss > limit.saturating_add(limit / 16 + (8 << 20));
-            self.throttle_us.store(if behind { THROTTLE_US } else { 0 }, Relaxed);
+            self.reclaim_is_behind.store(behind, Relaxed);
             let over = (rss + growth).saturating_sub(limit - limit / 16);
             if over == 0 {
                 hand.idle_rounds = 0;

@@ -24,7 +24,7 @@ use uhmm_testkit::{Skip, isolated};
 
 use crate::common::kit::{
     Area, BLOCK, End, PAGE, RW, Shape, Via, World, arg, each_way, errno, expect_page, expect_zero, fork_child,
-    has_move, map, may_lock_more, peek, pointer, poke, summary, syscall, unmap, wait_for, write_page,
+    has_move, locked_memory_moves, map, peek, pointer, poke, summary, syscall, unmap, wait_for, write_page,
 };
 
 #[test]
@@ -385,14 +385,7 @@ fn pages_wait_behind_a_mapping_without_access() {
 #[test]
 fn mlock_brings_pages_home_and_they_may_leave_again() {
     isolated!(|| {
-        if !may_lock_more() {
-            return Err(Skip(
-                "locked memory moves by way of locked memory, which is limited here (RLIMIT_MEMLOCK)".to_owned(),
-            ));
-        }
-        if !has_move() {
-            return Err(Skip("without UFFDIO_MOVE locked memory stays".to_owned()));
-        }
+        locked_memory_moves()?;
         let world = World::with_kernel_faults(32)?;
         each_way(|shape, _| {
             let area = Area::filled(shape, 1, 1);

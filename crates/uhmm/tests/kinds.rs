@@ -29,8 +29,8 @@ use uhmm_testkit::{Skip, isolated};
 use crate::common::{
     eventually,
     kit::{
-        Area, BLOCK, End, PAGE, RW, SHAPES, Shape, Via, World, arg, errno, expect_page, fork_child, has_move, map,
-        may_lock_more, peek, pointer, poke, summary, syscall, virt, wait_for,
+        Area, BLOCK, End, PAGE, RW, SHAPES, Shape, Via, World, arg, errno, expect_page, fork_child, has_move,
+        locked_memory_moves, map, peek, pointer, poke, summary, syscall, virt, wait_for,
     },
 };
 
@@ -255,14 +255,7 @@ fn rss_mib() -> u64 {
 #[test]
 fn everything_may_be_locked_before_the_engine_starts() {
     isolated!(|| {
-        if !may_lock_more() {
-            return Err(Skip(
-                "locked memory moves by way of locked memory, which is limited here (RLIMIT_MEMLOCK)".to_owned(),
-            ));
-        }
-        if !has_move() {
-            return Err(Skip("without UFFDIO_MOVE locked memory stays".to_owned()));
-        }
+        locked_memory_moves()?;
         // SAFETY: changes no bytes.
         if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) } != 0 {
             return Err(Skip(format!("mlockall: {}", std::io::Error::last_os_error())));
@@ -285,14 +278,7 @@ fn everything_may_be_locked_before_the_engine_starts() {
 #[test]
 fn everything_may_be_locked_while_pages_are_away() {
     isolated!(|| {
-        if !may_lock_more() {
-            return Err(Skip(
-                "locked memory moves by way of locked memory, which is limited here (RLIMIT_MEMLOCK)".to_owned(),
-            ));
-        }
-        if !has_move() {
-            return Err(Skip("without UFFDIO_MOVE locked memory stays".to_owned()));
-        }
+        locked_memory_moves()?;
         let world = World::with_kernel_faults(16)?;
         let area = Area::filled(Shape::Small, 2, 1);
         world.send(&area);

@@ -121,8 +121,21 @@ pub fn has_move() -> bool {
     !masked(Cap::Move) && Uffd::open(Features::MOVE).is_ok_and(|uffd| uffd.features().contains(Features::MOVE))
 }
 
+/// Skips where locked memory does not move: it needs `UFFDIO_MOVE`, and more locked memory for the moment of the move.
+pub fn locked_memory_moves() -> Result<(), Skip> {
+    if !has_move() {
+        return Err(Skip("without UFFDIO_MOVE locked memory stays".to_owned()));
+    }
+    if !may_lock_more() {
+        return Err(Skip(
+            "locked memory moves by way of locked memory, which is limited here (RLIMIT_MEMLOCK)".to_owned(),
+        ));
+    }
+    Ok(())
+}
+
 /// Whether there is no limit to how much memory may be locked.
-pub fn may_lock_more() -> bool {
+fn may_lock_more() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
     let unlimited = limits.lines().any(|line| line.starts_with("Max locked memory") && line.contains("unlimited"));
