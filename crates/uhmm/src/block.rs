@@ -1,6 +1,6 @@
 //! Where each page is: one word a page, one table of blocks.
 //!
-//! A *block* is 2 MiB of address space. It gets a record the first time anything in it migrates, and keeps it: 12
+//! A *block* is 2 MiB of address space. It gets a record the first time anything in it migrates, and keeps it: 13
 //! bytes a page. A page without a record, or whose word says [`Place::Cpu`], is where the kernel says it is: resident,
 //! swapped, or never touched.
 //!
@@ -21,7 +21,7 @@
 //! aside to see whether it is touched, or taken by a device for exclusive access).
 
 use std::sync::atomic::{
-    AtomicU32, AtomicU64,
+    AtomicU8, AtomicU32, AtomicU64,
     Ordering::{AcqRel, Acquire, Relaxed, Release},
 };
 
@@ -135,6 +135,11 @@ pub(crate) enum Mark {
     Unlocked,
 }
 
+/// How often more the hand of reclaim passes a page by that was touched while it was set aside.
+const HEAT_STEP: u8 = 8;
+/// How often at most: what was used much and is used no more has to go in the end.
+const HEAT_MAX: u8 = 24;
+
 /// How many pages away, the base address and the policy's words of a block.
 const HEAD_WORDS: usize = 8;
 const HEAD_BASE: usize = 0;
@@ -149,6 +154,7 @@ pub(crate) struct Block {
     base: VirtAddr,
     words: &'static [AtomicU64; BLOCK_PAGES],
     since: &'static [AtomicU32; BLOCK_PAGES],
+    heat: &'static [AtomicU8; BLOCK_PAGES],
     head: &'static [AtomicU64; HEAD_WORDS],
 }
 
@@ -244,11 +250,34 @@ impl Block {
         (packed >> 4, Why::from_bits(packed & 0xf))
     }
 
-    /// Whether the program discarded page `i` after `ticks`, and nothing has moved it since.
-    pub(crate) fn is_discarded_since(&self, i: usize, ticks: u32) -> bool {
+    /// Whether the last that happened to page `i` is `why`, and not before `ticks`.
+    fn happened_since(&self, i: usize, what: Why, ticks: u32) -> bool {
         let (at, why) = self.history(i);
         // Ticks have 28 bits; a time that lies more than half of that ahead lies behind.
-        why == Why::Discarded && at.wrapping_sub(ticks) & 0x0fff_ffff < 0x0800_0000
+        why == what && at.wrapping_sub(ticks) & 0x0fff_ffff < 0x0800_0000
+    }
+
+    /// Whether the program discarded page `i` after `ticks`, and nothing has moved it since.
+    pub(crate) fn is_discarded_since(&self, i: usize, ticks: u32) -> bool {
+        self.happened_since(i, Why::Discarded, ticks)
+    }
+
+    /// Notes that page `i` was touched while it was set aside.
+    pub(crate) fn warm(&self, i: usize) {
+        let heat = &self.heat[i];
+        heat.store((heat.load(Relaxed) + HEAT_STEP).min(HEAT_MAX), Relaxed);
+    }
+
+    /// Takes a little of page `i`'s warmth, and says whether there was any.
+    pub(crate) fn cool(&self, i: usize) -> bool {
+        let heat = self.heat[i].load(Relaxed);
+        self.heat[i].store(heat.saturating_sub(1), Relaxed);
+        heat != 0
+    }
+
+    /// Whether page `i` was set aside after `ticks`, to see whether it is cold.
+    pub(crate) fn was_set_aside_after(&self, i: usize, ticks: u32) -> bool {
+        self.happened_since(i, Why::Cold, ticks.wrapping_add(1))
     }
 
     /// Records that page `i` changed places at `ticks` (see `trace::ticks`).
@@ -435,6 +464,7 @@ pub(crate) struct Blocks {
     leaves_used: AtomicU32,
     words: &'static [[AtomicU64; BLOCK_PAGES]],
     since: &'static [[AtomicU32; BLOCK_PAGES]],
+    heat: &'static [[AtomicU8; BLOCK_PAGES]],
     heads: &'static [[AtomicU64; HEAD_WORDS]],
     used: AtomicU32,
 }
@@ -452,6 +482,7 @@ impl Blocks {
             leaves_used: AtomicU32::new(0),
             words: arena::slice(capacity)?,
             since: arena::slice(capacity)?,
+            heat: arena::slice(capacity)?,
             heads: arena::slice(capacity)?,
             used: AtomicU32::new(0),
         })
@@ -465,6 +496,7 @@ impl Blocks {
             leaves_used: AtomicU32::new(self.leaves_used.load(Acquire)),
             words: self.words,
             since: self.since,
+            heat: self.heat,
             heads: self.heads,
             used: AtomicU32::new(self.used.load(Acquire)),
         }
@@ -483,6 +515,7 @@ impl Blocks {
             base: VirtAddr::new(self.heads[n][HEAD_BASE].load(Acquire)),
             words: &self.words[n],
             since: &self.since[n],
+            heat: &self.heat[n],
             head: &self.heads[n],
         }
     }
@@ -553,6 +586,29 @@ fn take(counter: &AtomicU32, limit: usize, spare: u32) -> Result<u32, NoRecord> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_warm_page_is_passed_by_and_cools() {
+        arena::init(256 << 20).unwrap();
+        let block = Blocks::new(1).unwrap().find_or_add(VirtAddr::new(0x4000_0000), 0).unwrap();
+        assert!(!block.cool(3), "nothing is known of it");
+        block.warm(3);
+        assert!(!block.cool(4));
+        assert_eq!((0..100).take_while(|_| block.cool(3)).count(), usize::from(HEAT_STEP));
+        (0..100).for_each(|_| block.warm(3));
+        assert_eq!((0..100).take_while(|_| block.cool(3)).count(), usize::from(HEAT_MAX));
+    }
+
+    #[test]
+    fn what_was_set_aside_later_is_told_apart() {
+        arena::init(256 << 20).unwrap();
+        let block = Blocks::new(1).unwrap().find_or_add(VirtAddr::new(0x4000_0000), 0).unwrap();
+        block.set_history(0, 7, Why::Cold);
+        assert!(!block.was_set_aside_after(0, 7));
+        assert!(block.was_set_aside_after(0, 6));
+        block.set_history(0, 7, Why::CpuFault);
+        assert!(!block.was_set_aside_after(0, 6), "it came home");
+    }
 
     #[test]
     fn a_word_keeps_what_it_is_told() {

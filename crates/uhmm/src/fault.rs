@@ -66,6 +66,9 @@ impl<O: Os> Core<O> {
                     let outcome =
                         self.bring_home(ctx, block, &window, |n| if n == i { Why::CpuFault } else { Why::FaultAround });
                     if outcome.home.has(i) {
+                        if matches!(word.place(), Place::Staged { .. }) {
+                            block.warm(i);
+                        }
                         let away_ms = self.ticks_to_ms(self.ticks().wrapping_sub(left_at));
                         policy::came_home(block.policy(), self.now_ms(), away_ms);
                         return self.stats.add(Counter::FaultsHome, 1);

@@ -149,9 +149,9 @@ pub(crate) enum OtherDevices {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ResidencyRule {
     Ignore,
-    /// The shortest residency counts, not its doublings.
-    AtNeed,
     Obey,
+    /// Warm pages stay, and are less warm afterwards.
+    Cool,
 }
 
 /// One result per page of a block.
@@ -219,14 +219,18 @@ impl<O: Os> Core<O> {
         let Ok(block) = self.blocks.find_or_add(piece.start(), SPARE_RECORDS) else {
             return outcomes.set(&want, PageOutcome::NoMemory);
         };
-        let may_leave = match plan.residency {
-            ResidencyRule::Ignore => true,
-            ResidencyRule::AtNeed => policy::may_leave_at_need(block.policy(), self.now_ms()),
-            ResidencyRule::Obey => policy::may_leave(block.policy(), self.now_ms()),
+        let hot = match plan.residency {
+            ResidencyRule::Obey if !policy::may_leave(block.policy(), self.now_ms()) => want,
+            ResidencyRule::Ignore | ResidencyRule::Obey => PageSet::EMPTY,
+            ResidencyRule::Cool => want.iter().filter(|&i| block.word(i).is_cpu() && block.cool(i)).collect(),
         };
-        if !may_leave {
-            self.stats.add(Counter::SkippedHot, want.count());
-            return outcomes.set(&want, PageOutcome::Hot);
+        if !hot.is_empty() {
+            self.stats.add(Counter::SkippedHot, hot.count());
+            outcomes.set(&hot, PageOutcome::Hot);
+            want = want.minus(&hot);
+            if want.is_empty() {
+                return;
+            }
         }
         let mut unshared = PageSet::EMPTY;
         for attempt in 0..ATTEMPTS {
@@ -388,14 +392,13 @@ impl<O: Os> Core<O> {
         outcomes: &mut Outcomes,
     ) -> TakenOut {
         let block = transit.block();
-        let around = span(resident).expect("the caller has pages to move");
-        let _invalidating =
-            self.invalidate(&Invalidation { range: block.run(around), cause: Cause::Migrate, owner: plan.owner });
+        let around = block.run(span(resident).expect("the caller has pages to move"));
+        let _invalidating = self.invalidate(&Invalidation { range: around, cause: Cause::Migrate, owner: plan.owner });
         let mut refuse = |transit: &mut Transit<'_>, pages: &PageSet, outcome| {
             outcomes.set(pages, outcome);
             pages.iter().for_each(|i| transit.put_back(i));
         };
-        let Some(berth) = self.berth(ctx, around) else {
+        let Some(berth) = self.berth(ctx, resident) else {
             refuse(transit, resident, PageOutcome::NoMemory);
             return TakenOut::default();
         };
@@ -407,7 +410,7 @@ impl<O: Os> Core<O> {
         let changes;
         {
             let Ok(_inside) = self.gate.enter(ctx.slot) else {
-                self.leave_berth(ctx, berth, around, Berthed::Untouched);
+                self.leave_berth(ctx, berth, Berthed::Untouched);
                 pass.again = pass.again.or(resident);
                 resident.iter().for_each(|i| transit.put_back(i));
                 return TakenOut::default();
@@ -456,7 +459,7 @@ impl<O: Os> Core<O> {
             Some(Errno::EXIST) => Berthed::Blocked,
             _ => Berthed::Empty,
         };
-        self.leave_berth(ctx, berth, around, berthed);
+        self.leave_berth(ctx, berth, berthed);
         // What is left was not taken: shared or pinned pages, or all of it where the kernel refused.
         if !left.is_empty() {
             let outcome = match stop {
@@ -553,14 +556,14 @@ impl<O: Os> Core<O> {
 
     /// Which of `taken` stand in `chunk`, and whether they are one huge page. The others were holes.
     fn present(&self, berth: Berth, taken: &PageSet) -> (PageSet, bool) {
-        let Some(around) = span(taken) else { return (PageSet::EMPTY, false) };
         let mut pages = [Page::empty(); BLOCK_PAGES];
-        let pages = &mut pages[..around.count];
-        if self.os.scan(self.staging.run(berth.chunk, berth.run(around)), pages).is_err() {
+        let slots = Run { first: berth.first, count: berth.pages.count() };
+        let pages = &mut pages[..slots.count];
+        if self.os.scan(self.staging.run(berth.chunk, slots), pages).is_err() {
             // Treating a hole as a page costs a copy of zeros; the reverse would lose a page.
             return (*taken, false);
         }
-        let present = around.pages().filter(|i| taken.has(*i) && pages[i - around.first].is_there()).collect();
+        let present = taken.iter().filter(|&i| pages[berth.pages.rank(i)].is_there()).collect();
         (present, pages[0].contains(Page::HUGE))
     }
 
@@ -714,33 +717,29 @@ impl<O: Os> Core<O> {
         fetched
     }
 
-    /// Slots for the pages of `around` on their way out: the same as they have in their block, so that a huge folio stays
-    /// whole, or the next ones of the thread's own chunk for a few pages.
-    fn berth(&self, ctx: &mut Ctx, around: Run) -> Option<Berth> {
-        if around.count > FEW_PAGES {
-            return Some(Berth {
-                chunk: self.staging_chunk()?,
-                first: around.first,
-                slot: around.first,
-                shared: false,
-            });
+    /// Slots for `pages` on their way out, side by side: the same as they have in their block where it is all of them, so
+    /// that a huge folio stays whole, or the next ones of the thread's own chunk for a few.
+    fn berth(&self, ctx: &mut Ctx, pages: &PageSet) -> Option<Berth> {
+        let pages = *pages;
+        if pages.count() > FEW_PAGES {
+            return Some(Berth { chunk: self.staging_chunk()?, first: 0, pages, shared: false });
         }
-        if let Some(slot) = ctx.out.room(around.count) {
-            return Some(Berth { chunk: slot.chunk(), first: around.first, slot: slot.index(), shared: true });
+        if let Some(slot) = ctx.out.room(pages.count()) {
+            return Some(Berth { chunk: slot.chunk(), first: slot.index(), pages, shared: true });
         }
         let chunk = self.staging_chunk()?;
         // The thread's own use counts as a page that stands in it, so that the chunk outlives those that leave.
         self.staging.arrive(chunk, 1, false);
         self.retire(ctx.out.replace(Some(chunk)));
-        Some(Berth { chunk, first: around.first, slot: 0, shared: true })
+        Some(Berth { chunk, first: 0, pages, shared: true })
     }
 
-    /// Ends the use of a berth that was taken for `around`.
-    fn leave_berth(&self, ctx: &mut Ctx, berth: Berth, around: Run, berthed: Berthed) {
+    /// Ends the use of a berth.
+    fn leave_berth(&self, ctx: &mut Ctx, berth: Berth, berthed: Berthed) {
         match (berthed, berth.shared) {
             (Berthed::Untouched, true) | (Berthed::Standing, false) => {}
             (Berthed::Untouched, false) => self.staging.put_empty(berth.chunk),
-            (Berthed::Empty | Berthed::Standing, true) => ctx.out.advance(around.count),
+            (Berthed::Empty | Berthed::Standing, true) => ctx.out.advance(berth.pages.count()),
             // Whatever was in the way goes with the chunk.
             (Berthed::Blocked, true) => self.retire(ctx.out.replace(None)),
             (Berthed::Blocked | Berthed::Empty, false) => self.zap_chunk(berth.chunk),
@@ -780,25 +779,21 @@ impl<O: Os> Core<O> {
 /// So many pages share a chunk with others; more have one to themselves.
 const FEW_PAGES: usize = 64;
 
-/// Where pages stand in staging on their way out.
+/// Where pages stand in staging on their way out: in neighbouring slots, in order.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Berth {
     chunk: Chunk,
-    /// This page of the block ...
+    /// The first slot of the chunk.
     first: usize,
-    /// ... has this slot of the chunk, and those after it the next ones.
-    slot: usize,
+    pages: PageSet,
     /// Whether other blocks' pages may stand in the chunk too.
     shared: bool,
 }
 
 impl Berth {
-    pub(crate) fn slot(self, i: usize) -> Slot {
-        self.chunk.slot(i - self.first + self.slot)
-    }
-
-    fn run(self, run: Run) -> Run {
-        Run { first: run.first - self.first + self.slot, count: run.count }
+    /// The slot of page `i`, which is one of the berth's.
+    pub(crate) fn slot(&self, i: usize) -> Slot {
+        self.chunk.slot(self.first + self.pages.rank(i))
     }
 }
 

@@ -411,7 +411,8 @@ impl Mm {
     /// [`StartError::Thread`].
     pub fn keep_resident(&self, limit: u64) -> Result<(), StartError> {
         // Recycled pages count as the program's memory: a few are worth having, a 64th of RAM is not.
-        self.core.staging.keep_at_most(8);
+        let few = u32::try_from(limit / 64 / uhmm_sys::addr::BLOCK_SIZE).unwrap_or(u32::MAX);
+        self.core.staging.keep_at_most(few.clamp(1, 8));
         let before = self.core.resident_limit.swap(limit, std::sync::atomic::Ordering::AcqRel);
         if before != u64::MAX {
             return Ok(());

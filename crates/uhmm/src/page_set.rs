@@ -80,6 +80,21 @@ impl PageSet {
         self.0[i / 64] &= !(1 << (i % 64));
     }
 
+    /// How many pages of the set come before page `i`.
+    #[must_use]
+    pub fn rank(&self, i: usize) -> usize {
+        let before = |n: usize| {
+            if n * 64 + 64 <= i {
+                u64::MAX
+            } else if n * 64 < i {
+                !(u64::MAX << (i % 64))
+            } else {
+                0
+            }
+        };
+        self.0.iter().enumerate().map(|(n, w)| (w & before(n)).count_ones() as usize).sum()
+    }
+
     /// How many pages.
     #[must_use]
     pub fn count(&self) -> usize {
@@ -183,6 +198,9 @@ mod tests {
             let set: PageSet = pages.iter().copied().collect();
             prop_assert_eq!(set.iter().collect::<Vec<_>>(), pages.iter().copied().collect::<Vec<_>>());
             prop_assert_eq!(set.count(), pages.len());
+            for i in 0..BLOCK_PAGES {
+                prop_assert_eq!(set.rank(i), pages.range(..i).count());
+            }
             let from_runs: Vec<usize> = set.runs().flat_map(|r| r.pages()).collect();
             prop_assert_eq!(from_runs, pages.iter().copied().collect::<Vec<_>>());
             for (a, b) in set.runs().zip(set.runs().skip(1)) {

@@ -59,13 +59,6 @@ pub(crate) fn may_leave(word: &AtomicU64, now_ms: u64) -> bool {
     r.home_ms == 0 || now_ms.saturating_sub(r.home_ms) >= r.minimum_ms()
 }
 
-/// Whether a policy that must free RAM may move pages of the block now: what came home stays for the shortest time
-/// only, however often it bounced.
-pub(crate) fn may_leave_at_need(word: &AtomicU64, now_ms: u64) -> bool {
-    let r = Residency::unpack(word.load(Relaxed));
-    r.home_ms == 0 || now_ms.saturating_sub(r.home_ms) >= RESIDENCY_MIN_MS
-}
-
 /// Notes that a CPU touch brought pages of the block home, `away_ms` after they had left.
 pub(crate) fn came_home(word: &AtomicU64, now_ms: u64, away_ms: u64) {
     let mut r = Residency::unpack(word.load(Relaxed));

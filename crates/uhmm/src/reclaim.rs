@@ -1,9 +1,10 @@
 //! Keeps the program's anonymous memory in RAM near a limit, by moving what is cold to devices.
 //!
 //! What is cold is found out by trying: a clock hand goes round the program's memory and sets pages aside in staging,
-//! where they cost no copy. A page that is touched there comes back for the price of a fault and a `MOVE`, and its
-//! block then stays for a while (see [`crate::policy`]); one that is not touched until it reaches the end of the queue
-//! is written to a device. So hot memory stays, without sampling and without access bits.
+//! where they cost no copy. A page that is touched there comes back for the price of a fault and a `MOVE`, and is *warm*
+//! from then on: the hand passes it by some times before it is tried again. One that is not touched until it reaches the
+//! end of the queue is written to a device, and is not warm when it comes back. So what is used again and again stays, what
+//! is used once goes first, without sampling and without access bits.
 //!
 //! ```text
 //!   program --(clock hand)--> staging, first in ... first out --(still untouched, room needed)--> device
@@ -48,9 +49,12 @@ const QUEUE: usize = 1 << 15;
 /// How long to sleep when there is nothing to do, or little room left.
 const TICK: Duration = Duration::from_millis(4);
 /// A page stands in the queue at least so long before it is written out, unless room is needed at once.
-const TRIAL_MS: u64 = 30;
+const TRIAL_TICKS: u32 = 2;
+/// The share of the limit that stands in staging while memory must go: the more, the better what is cold is told from what
+/// is warm, and the more touches of warm memory cost a fault.
+const TRIAL_SHARE: u64 = 8;
 
-/// Blocks with pages in staging, first in first out: a ring of addresses and times in the arena.
+/// Pages in staging, first in first out: their block, and when they were set aside, in the arena.
 struct Queue {
     ring: &'static [[AtomicU64; 2]],
     head: usize,
@@ -62,20 +66,21 @@ impl Queue {
         Ok(Self { ring: arena::slice(QUEUE)?, head: 0, len: 0 })
     }
 
-    fn push(&mut self, at: VirtAddr, now_ms: u64) -> Result<(), Errno> {
+    fn push(&mut self, at: VirtAddr, ticks: u32) -> Result<(), Errno> {
         if self.len == self.ring.len() {
             return Err(Errno::NOBUFS);
         }
         let n = (self.head + self.len) % self.ring.len();
         self.ring[n][0].store(at.get(), Relaxed);
-        self.ring[n][1].store(now_ms, Relaxed);
+        self.ring[n][1].store(u64::from(ticks), Relaxed);
         self.len += 1;
         Ok(())
     }
 
-    fn front(&self) -> Option<(VirtAddr, u64)> {
+    #[expect(clippy::cast_possible_truncation, reason = "stored from 32 bits")]
+    fn front(&self) -> Option<(VirtAddr, u32)> {
         let [at, since] = &self.ring[self.head];
-        (self.len != 0).then(|| (VirtAddr::new(at.load(Relaxed)), since.load(Relaxed)))
+        (self.len != 0).then(|| (VirtAddr::new(at.load(Relaxed)), since.load(Relaxed) as u32))
     }
 
     fn pop(&mut self) {
@@ -84,13 +89,17 @@ impl Queue {
     }
 }
 
+/// The most rounds that go by without a page to set aside before what stands in the queue has to go.
+const MOST_ROUNDS: u32 = 8;
+
 /// How long a fault waits for reclaim that is behind: long enough for it to write a block out.
 pub(crate) const THROTTLE: Duration = Duration::from_micros(250);
 
-/// The hand of the clock.
-struct Hand {
+/// What one reclaim thread knows.
+struct Reclaim {
+    queue: Queue,
     walk: Walk,
-    /// Times it went past the end since anything could be set aside.
+    /// Rounds since anything could be set aside.
     idle_rounds: u32,
 }
 
@@ -107,10 +116,10 @@ impl<O: Os> Core<O> {
     /// A reclaim thread's life.
     pub(crate) fn run_reclaim(&'static self) {
         let mut ctx = self.new_ctx();
-        let Ok(mut queue) = Queue::new() else { return };
+        let Ok(queue) = Queue::new() else { return };
         // It must keep up with a program that allocates on every CPU. Without the privilege it is one among many.
         let _ = uhmm_sys::thread::set_nice(-10);
-        let mut hand = Hand { walk: Walk::default(), idle_rounds: 0 };
+        let mut state = Reclaim { queue, walk: Walk::default(), idle_rounds: 0 };
         let mut last_rss = 0u64;
         while self.stop.load(Relaxed) == 0 {
             let limit = self.resident_limit.load(Acquire);
@@ -120,15 +129,15 @@ impl<O: Os> Core<O> {
             last_rss = rss;
             let behind = rss > limit.saturating_add(limit / 16 + (8 << 20));
             self.reclaim_is_behind.store(behind, Relaxed);
-            let over = (rss + growth).saturating_sub(limit - limit / 16);
-            if over == 0 {
-                hand.idle_rounds = 0;
+            // Some more than is over, so that there is room for a while.
+            let over = (rss + growth + limit / 32).saturating_sub(limit);
+            if over <= limit / 32 {
                 std::thread::sleep(TICK);
                 continue;
             }
             self.wait_thawed();
             self.refresh_excluded(&mut ctx);
-            let worked = self.reclaim(&mut ctx, &mut queue, &mut hand, over, rss > limit);
+            let worked = self.reclaim(&mut ctx, &mut state, over, limit, rss > limit);
             if !worked {
                 std::thread::sleep(TICK);
             }
@@ -136,43 +145,40 @@ impl<O: Os> Core<O> {
     }
 
     /// Frees about `over` bytes of RAM. Returns whether anything moved.
-    fn reclaim(&'static self, ctx: &mut Ctx, queue: &mut Queue, hand: &mut Hand, over: u64, urgent: bool) -> bool {
+    fn reclaim(&'static self, ctx: &mut Ctx, state: &mut Reclaim, over: u64, limit: u64, urgent: bool) -> bool {
         let mut need = over / PAGE_SIZE;
         let mut worked = false;
         // What could not move a tick ago may be able to now.
-        hand.idle_rounds = 0;
+        state.idle_rounds = 0;
         for _ in 0..256 {
             if need == 0 {
                 break;
             }
-            let now = self.now_ms();
-            let ripe = queue.front().is_some_and(|(_, since)| urgent || now.saturating_sub(since) >= TRIAL_MS);
             // Something stands in the queue at all times, so that what leaves for good has been tried first.
-            let enough = queue.len as u64 * 512 >= need.max(16 * 512) || queue.len * 2 > QUEUE;
-            if ripe && (enough || hand.idle_rounds > 1) {
-                let (at, _) = queue.front().expect("looked at above");
-                queue.pop();
-                let out = self.write_out(ctx, at);
-                worked |= out != 0;
-                need = need.saturating_sub(out);
-                continue;
-            }
-            if !enough && hand.idle_rounds < 2 {
-                let (any, out) = self.set_aside_next(ctx, queue, hand, urgent);
+            let tried = limit / TRIAL_SHARE / PAGE_SIZE;
+            if u64::from(self.staging.standing()) < tried && state.idle_rounds < MOST_ROUNDS {
+                let (any, out) = self.set_aside_next(ctx, state);
                 worked |= any;
                 need = need.saturating_sub(out);
                 continue;
             }
-            break;
+            let Some((at, since)) = state.queue.front() else { break };
+            if !urgent && self.ticks().wrapping_sub(since) < TRIAL_TICKS {
+                break;
+            }
+            state.queue.pop();
+            let out = self.write_out(ctx, at, since);
+            worked |= out != 0;
+            need = need.saturating_sub(out);
         }
         worked
     }
 
     /// Sets the pages of the next block aside that the hand comes upon. Returns whether any could be, and how many went on
     /// to a device at once: where pages are copied to be set aside (no `MOVE`), and again to come home, that is as cheap.
-    fn set_aside_next(&'static self, ctx: &mut Ctx, queue: &mut Queue, hand: &mut Hand, urgent: bool) -> (bool, u64) {
-        let Some(part) = self.next_part(&mut hand.walk) else {
-            hand.idle_rounds += 1;
+    fn set_aside_next(&'static self, ctx: &mut Ctx, state: &mut Reclaim) -> (bool, u64) {
+        let Some(part) = self.next_part(&mut state.walk) else {
+            state.idle_rounds += 1;
             return (false, 0);
         };
         let to = if self.os.has_move() { None } else { self.roomy_device(part.pages()) };
@@ -181,21 +187,21 @@ impl<O: Os> Core<O> {
             why: Why::Cold,
             holes: Holes::Skip,
             other_devices: OtherDevices::Leave,
-            residency: if urgent { ResidencyRule::AtNeed } else { ResidencyRule::Obey },
+            residency: ResidencyRule::Cool,
             owner: None,
         };
         let mut outcomes = Outcomes::new();
         self.migrate_out(ctx, part, &plan, &mut outcomes);
-        let moved = outcomes.pages(PageOutcome::Moved);
-        if moved.is_empty() {
+        let moved = outcomes.pages(PageOutcome::Moved).count();
+        if moved == 0 {
             return (false, 0);
         }
-        hand.idle_rounds = 0;
+        state.idle_rounds = 0;
         if to.is_some() {
-            return (true, moved.count() as u64);
+            return (true, moved as u64);
         }
         // A full queue only means that these pages are tried for as long as it takes to come round again.
-        let _ = queue.push(part.start().block(), self.now_ms());
+        let _ = state.queue.push(part.start().block(), self.ticks());
         (true, 0)
     }
 
@@ -240,13 +246,12 @@ impl<O: Os> Core<O> {
         }
     }
 
-    /// Writes the pages of a block out that still stand in staging. Returns how many went.
-    fn write_out(&'static self, ctx: &mut Ctx, at: VirtAddr) -> u64 {
+    /// Writes the pages of a block out that have stood in staging since `since` or longer. Returns how many went.
+    fn write_out(&'static self, ctx: &mut Ctx, at: VirtAddr, since: u32) -> u64 {
         let Some(block) = self.blocks.find(at) else { return 0 };
-        let staged = self.staged(block);
         let mut out = 0;
         for device in (0..u8::try_from(DeviceId::MAX).expect("few")).map(DeviceId) {
-            let rest = self.staged(block).and(&staged);
+            let rest = self.staged(block, since);
             if rest.is_empty() {
                 break;
             }
@@ -258,9 +263,10 @@ impl<O: Os> Core<O> {
         out
     }
 
-    fn staged(&self, block: Block) -> PageSet {
+    fn staged(&self, block: Block, since: u32) -> PageSet {
         (0..uhmm_sys::addr::BLOCK_PAGES)
             .filter(|&i| matches!(block.word(i).place(), Place::Staged { exclusive: None, .. }))
+            .filter(|&i| !block.was_set_aside_after(i, since))
             .collect()
     }
 }

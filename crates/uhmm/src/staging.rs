@@ -133,6 +133,8 @@ pub(crate) struct Staging {
     filled: Stack,
     filled_huge: Stack,
     keep: AtomicU32,
+    /// Pages that stand in all chunks together.
+    standing: AtomicU32,
 }
 
 /// What is to become of a chunk when the last page left it.
@@ -156,6 +158,7 @@ impl Staging {
             filled: Stack::new(),
             filled_huge: Stack::new(),
             keep: AtomicU32::new(keep),
+            standing: AtomicU32::new(0),
         };
         for n in (0..chunks).rev() {
             staging.empty.push(staging.next, Chunk(n));
@@ -174,6 +177,7 @@ impl Staging {
             filled: Stack::new(),
             filled_huge: Stack::new(),
             keep: AtomicU32::new(self.keep.load(Relaxed)),
+            standing: AtomicU32::new(0),
         };
         for n in (0..u32::try_from(chunks).expect("chunks are counted in 32 bits")).rev() {
             staging.empty.push(staging.next, Chunk(n));
@@ -217,6 +221,11 @@ impl Staging {
         self.keep.load(Relaxed) != 0
     }
 
+    /// How many pages stand in staging, about.
+    pub(crate) fn standing(&self) -> u32 {
+        self.standing.load(Relaxed)
+    }
+
     /// A chunk without a page in it, for pages on their way out.
     pub(crate) fn take_empty(&self) -> Option<Chunk> {
         self.empty.pop(self.next)
@@ -256,7 +265,9 @@ impl Staging {
     /// Says that `pages` pages came to stand in `chunk`, one huge folio if `huge`.
     pub(crate) fn arrive(&self, chunk: Chunk, pages: usize, huge: bool) {
         #[expect(clippy::cast_possible_truncation, reason = "at most 512")]
-        let add = pages as u32 * STANDING + if huge { HUGE } else { 0 };
+        let pages = pages as u32;
+        let add = pages * STANDING + if huge { HUGE } else { 0 };
+        self.standing.fetch_add(pages, Relaxed);
         self.state[chunk.0 as usize].fetch_add(add, AcqRel);
     }
 
@@ -265,6 +276,7 @@ impl Staging {
     pub(crate) fn leave(&self, chunk: Chunk, moved: usize, copied: usize) -> Left {
         #[expect(clippy::cast_possible_truncation, reason = "at most 512")]
         let (moved, copied) = (moved as u32, copied as u32);
+        self.standing.fetch_sub(moved + copied, Relaxed);
         let old = self.state[chunk.0 as usize].fetch_sub((moved + copied) * STANDING - copied, AcqRel);
         let standing = (old & !HUGE) / STANDING - moved - copied;
         if standing != 0 {
