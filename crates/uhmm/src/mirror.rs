@@ -6,7 +6,13 @@
 //! # Kernel
 //! `mm/hmm.c: hmm_range_fault()`, `mm/memory.c: make_device_exclusive()`.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::{
+        AtomicU32,
+        Ordering::{Acquire, Relaxed, Release},
+    },
+    time::{Duration, Instant},
+};
 
 use thiserror::Error;
 use uhmm_sys::{
@@ -174,14 +180,24 @@ const TABLE_BLOCKS: u32 = 8192;
 struct TableSink {
     device: &'static dyn Device,
     table: &'static DeviceTable,
+    /// Flushes that are due for entries already gone. Counted up under the subscription's lock.
+    flushing: AtomicU32,
 }
 
 impl IntervalOps for TableSink {
     fn invalidate<'a>(&self, invalidation: &Invalidation, seq: InvalidateSeq<'a>) -> Invalidated<'a> {
-        let mut any = false;
-        let receipt = seq.set(|| any = self.table.clear(invalidation.range));
-        if any {
+        let mut due = false;
+        let receipt = seq.set(|| {
+            // Where this finds no entry another callback may have taken it a moment ago, and be waiting for an access
+            // through it still.
+            due = self.table.clear(invalidation.range) || self.flushing.load(Acquire) != 0;
+            if due {
+                self.flushing.fetch_add(1, Relaxed);
+            }
+        });
+        if due {
             self.device.flush(invalidation);
+            self.flushing.fetch_sub(1, Release);
         }
         receipt
     }
@@ -218,7 +234,7 @@ impl<O: Os> Core<O> {
             let words = Words { words32: arena::slice(needed.words32)?, words64: arena::slice(needed.words64)? };
             arena::value(DeviceTable::new(TABLE_LEAVES, TABLE_BLOCKS, words))?
         };
-        let sink: &'static TableSink = arena::value(TableSink { device, table })?;
+        let sink: &'static TableSink = arena::value(TableSink { device, table, flushing: AtomicU32::new(0) })?;
         let subscription = self.notifiers.insert(crate::ops::whole_space(), sink).map_err(|_| Errno::NOMEM)?;
         Ok(Entry::new(id, device, pgmap, spec.survives_fork, table, subscription))
     }

@@ -53,6 +53,9 @@ pub trait IntervalOps: Send + Sync {
     /// Removes the device's translations of `invalidation.range`: clears the entries in `seq.set`, then waits until no
     /// access through an old one is under way. The range may reach beyond the subscription's.
     ///
+    /// Callbacks run at the same time, for ranges that overlap. One that finds no entry may not return before the one that
+    /// has just cleared it: the access that the other waits for is under way still.
+    ///
     /// # Locking
     /// Called on the fault path, with no lock held: no allocation, no lock that is held across an access to managed
     /// memory. It may start invalidations, and must not remove its own subscription.

@@ -11,7 +11,10 @@ mod common;
 
 use std::{
     os::fd::AsRawFd,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    sync::atomic::{
+        AtomicBool, AtomicU64,
+        Ordering::{Relaxed, SeqCst},
+    },
     time::{Duration, Instant},
 };
 
@@ -364,6 +367,33 @@ fn moving_a_page_takes_translations_away() {
             area.unmap();
         }
         finish(mm, [ours, theirs]);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_page_stays_while_another_invalidation_waits_for_an_access_to_it() {
+    isolated!(|| {
+        let mm = open()?;
+        let mirror = Watcher::register(&mm, 1024);
+        let device = mirror.device();
+        let page = Area::filled(Shape::Small, 1, 1).part(100..101);
+        send(&mirror, &page);
+        let entry = mirror.port().unwrap().fault(virt(page.start), Access::Write, DeviceFaultPolicy::Map).unwrap();
+        let frame = entry.pfn().expect("the page is on the device");
+        device.forget();
+        // The device is in the middle of a store. One invalidation has taken the entry away, and waits; the next finds none.
+        device.accessing.store(true, SeqCst);
+        std::thread::scope(|s| {
+            s.spawn(|| mm.invalidate(page.range(), Cause::Protect));
+            eventually("the entry is gone", || device.flushes.load(Relaxed) == 1);
+            s.spawn(|| drop(mm.home(page.range())));
+            std::thread::sleep(Duration::from_millis(200));
+            device.store(frame, 4711);
+            device.accessing.store(false, SeqCst);
+        });
+        assert_eq!(peek(page.start), 4711, "what the device stored is lost");
+        finish(mm, [mirror]);
         Ok(())
     });
 }

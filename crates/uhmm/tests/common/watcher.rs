@@ -38,6 +38,8 @@ pub struct Watcher {
     /// Copies home that failed.
     pub failed_home: AtomicU32,
     pub flushes: AtomicU32,
+    /// An access through a translation is under way: no flush ends before it does.
+    pub accessing: AtomicBool,
     /// Bits of the causes seen.
     causes: AtomicU32,
     /// A promise that was broken, by line of this file.
@@ -56,6 +58,7 @@ impl Watcher {
             home: AtomicU32::new(WORKS),
             failed_home: AtomicU32::new(0),
             flushes: AtomicU32::new(0),
+            accessing: AtomicBool::new(false),
             causes: AtomicU32::new(0),
             broken: AtomicU32::new(0),
             gate: AtomicBool::new(false),
@@ -92,6 +95,11 @@ impl Watcher {
     /// Bytes 0..8 of a frame.
     pub fn word(&self, frame: uhmm::device::DevPfn) -> u64 {
         self.memory.load_u64(frame.offset())
+    }
+
+    /// The device stores to bytes 0..8 of a frame.
+    pub fn store(&self, frame: uhmm::device::DevPfn, word: u64) {
+        self.memory.store_u64(frame.offset(), word);
     }
 
     pub fn saw(&self, cause: Cause) -> bool {
@@ -187,6 +195,9 @@ impl Device for Watcher {
             let mut any = false;
             port.table().for_each(range, |_, _| any = true);
             self.expect(!any);
+        }
+        while self.accessing.load(SeqCst) {
+            std::thread::yield_now();
         }
     }
 
