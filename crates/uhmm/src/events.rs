@@ -3,7 +3,10 @@
 //! Messages are read one at a time, with the gate closed (see [`crate::gate`]). A fault opens the gate at once and is
 //! served outside; an event is applied before anybody else may look.
 
-use std::ops::ControlFlow;
+use std::{
+    ops::ControlFlow,
+    sync::atomic::Ordering::{AcqRel, Acquire},
+};
 
 use uhmm_sys::{
     Errno,
@@ -188,6 +191,8 @@ impl<O: Os> Core<O> {
                 assert_eq!(replaced, Place::Cpu, "page {target} has two homes after mremap");
                 let (since, why) = block.history(i);
                 block_to.set_history(n, since, why);
+                // A child's reference moves with the page.
+                block_to.fork().fetch_max(block.fork().load(Acquire), AcqRel);
                 dest.put(n, place);
                 if let Place::Device { device, pfn } = place
                     && let Some(entry) = self.devices.get(device)

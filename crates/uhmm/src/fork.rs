@@ -47,6 +47,7 @@ use crate::{
     gate::pause,
     job::{Reply, Request},
     linux::LinuxMm,
+    migrate::PageOutcome,
     mm,
     ops::whole_space,
     os::{MANAGED, Os},
@@ -233,11 +234,11 @@ impl Homecomings {
 }
 
 impl<O: Os> Core<O> {
-    /// Logs pages that are about to leave their frames, if a fork is under way.
+    /// Logs pages that are about to leave their frames, if a fork is under way for which those have a reference more.
     pub(crate) fn note_homecoming(&self, block: Block, run: Run, device: DeviceId, first: DevPfn) {
         let fork = self.homecomings.fork();
         // A block whose frames were not shared yet has no references to give back.
-        if !self.is_frozen() || block.fork().load(Acquire) != fork {
+        if !self.is_frozen() || block.fork().load(Acquire) != fork || !self.is_shared_by_forks(device) {
             return;
         }
         for (i, n) in run.pages().zip(0..) {
@@ -262,48 +263,95 @@ impl<O: Os> Core<O> {
         self.share(true);
         // No device may write to a frame that the child will have too.
         drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Fork, owner: None }));
-        self.blocks.for_each(whole_space(), |block| {
-            if block.away() != 0 {
-                let must = self.share_block(block);
-                self.block_home(ctx, block, &must, Why::Fork, &mut |_, _| {});
-            }
-            ControlFlow::Continue(())
-        });
+        {
+            // No event is applied meanwhile: a page that `mremap` moved to another block would be shared twice, or not at all.
+            let _reader = self.lock_reader();
+            self.blocks.for_each(whole_space(), |block| {
+                if block.away() != 0 {
+                    self.share_block(block);
+                }
+                ControlFlow::Continue(())
+            });
+        }
+        let mut idle = 0;
+        while self.any_must_come_home() && idle < 2 {
+            let mut any = false;
+            self.blocks.for_each(whole_space(), |block| {
+                let must = self.must_come_home(block);
+                self.block_home(ctx, block, &must, Why::Fork, &mut |_, outcome| any |= outcome == PageOutcome::Moved);
+                ControlFlow::Continue(())
+            });
+            // One round without success may be due to pages that `mremap` moved to where they had been looked for.
+            idle = if any { 0 } else { idle + 1 };
+        }
     }
 
-    /// Adds a reference to each frame of a block that the child can use. Returns the pages that must come home.
-    fn share_block(&'static self, block: Block) -> PageSet {
-        let mut must = PageSet::EMPTY;
+    /// Whether a forked child has the frames of `device` too.
+    fn is_shared_by_forks(&self, device: DeviceId) -> bool {
+        self.devices.get(device).is_some_and(|entry| entry.survives_fork())
+    }
+
+    /// Adds a reference to each frame of a block that the child can use.
+    ///
+    /// # Locking
+    /// The caller has the reader's lock.
+    fn share_block(&'static self, block: Block) {
         let mut transit = Transit::new(block, self);
         // All at once: a page that is on its way home is either home before, or finds the block marked.
         for i in self.away(block).iter() {
             transit.hold(i);
         }
         for i in transit.held().iter() {
-            match transit.place(i) {
-                Place::Device { device, pfn } => match self.devices.get(device).filter(|e| e.survives_fork()) {
-                    Some(entry) => entry.pgmap().expect("a device with frames in use has a pgmap").get(pfn),
-                    None => must.insert(i),
-                },
-                Place::Staged { .. } => must.insert(i),
-                Place::Cpu | Place::Poisoned { .. } => {}
+            if let Place::Device { device, pfn } = transit.place(i)
+                && let Some(entry) = self.devices.get(device).filter(|entry| entry.survives_fork())
+            {
+                entry.pgmap().expect("a device with frames in use has a pgmap").get(pfn);
             }
         }
         block.fork().store(self.homecomings.fork(), Release);
-        must
+    }
+
+    /// The pages of a block whose bytes the child could not get at.
+    fn must_come_home(&self, block: Block) -> PageSet {
+        if block.away() == 0 {
+            return PageSet::EMPTY;
+        }
+        (0..BLOCK_PAGES)
+            .filter(|&i| match block.word(i).place() {
+                Place::Device { device, .. } => !self.is_shared_by_forks(device),
+                Place::Staged { .. } => true,
+                Place::Cpu | Place::Poisoned { .. } => false,
+            })
+            .collect()
+    }
+
+    /// Whether some page has to come home before the fork. Pages do not move between blocks meanwhile.
+    fn any_must_come_home(&self) -> bool {
+        let _reader = self.lock_reader();
+        let mut any = false;
+        self.blocks.for_each(whole_space(), |block| {
+            any = !self.must_come_home(block).is_empty();
+            if any { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        any
     }
 
     /// Takes the references back that were added for a child that does not exist.
     pub(crate) fn unshare_frames(&'static self) {
+        let _reader = self.lock_reader();
         self.blocks.for_each(whole_space(), |block| {
             let mut transit = Transit::new(block, self);
+            // All at once, as they were added: a page that comes home later must not be logged.
             for i in self.away(block).iter() {
-                if let Place::Device { device, pfn } = transit.hold(i)
-                    && self.devices.get(device).is_some_and(|e| e.survives_fork())
+                transit.hold(i);
+            }
+            block.fork().store(0, Release);
+            for i in transit.held().iter() {
+                if let Place::Device { device, pfn } = transit.place(i)
+                    && self.is_shared_by_forks(device)
                 {
                     self.free_frame(device, pfn);
                 }
-                transit.put_back(i);
             }
             ControlFlow::Continue(())
         });
@@ -316,7 +364,11 @@ impl<O: Os> Core<O> {
         let fork = parent.homecomings.fork();
         let core = Self::assemble(os, parent.blocks.inherit(), staging, parent.lifts.inherit(), parent.stats, fork)?;
         let mut failed = None;
+        // The others' memory is not there.
         parent.devices.for_each(|old| {
+            if !old.survives_fork() {
+                return;
+            }
             let made = core.make_entry(old.id(), old.device(), old.pgmap_words()).and_then(|e| core.devices.put(e));
             failed = failed.or(made.err());
         });
@@ -359,6 +411,10 @@ impl<O: Os> Core<O> {
             let place = block.word(i).place();
             let here = page.is_there();
             match place {
+                Place::Device { device, .. } if !self.is_shared_by_forks(device) => {
+                    // It could not come home before the fork. The frame is the parent's alone.
+                    block.settle_in_child(i, if here { Place::Cpu } else { Place::Poisoned { device } });
+                }
                 Place::Device { device, pfn } if here => {
                     block.settle_in_child(i, Place::Cpu);
                     self.free_frame(device, pfn);

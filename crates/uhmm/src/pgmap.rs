@@ -483,7 +483,14 @@ impl Pgmap {
         }
         let first = (chunk * CHUNK_FRAMES + piece.at) as usize;
         for n in first..first + piece.len as usize {
-            assert_eq!(self.refs[n].load(Ordering::Relaxed), 0, "{}: frame {n} was free and has references", self.id);
+            let refs = self.refs[n].load(Ordering::Relaxed);
+            assert_eq!(
+                refs,
+                0,
+                "{}: frame {n} was free and has references, in process {}",
+                self.id,
+                std::process::id()
+            );
             self.hints[n].store(0, Ordering::Relaxed);
             self.driver[n].store(0, Ordering::Relaxed);
             self.refs[n].store(1, Ordering::Release);
@@ -525,8 +532,12 @@ impl Pgmap {
                 Err(seen) => now = seen,
             }
         }
-        let old = self.refs[pfn.get() as usize].fetch_add(1, Ordering::AcqRel);
-        assert!(old != 0 && old != u32::MAX, "{}: frame {}: get with {old} references", self.id, pfn.get());
+        let refs = &self.refs[pfn.get() as usize];
+        if let Err(old) =
+            refs.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| if n == 0 { None } else { n.checked_add(1) })
+        {
+            panic!("{}: frame {}: get with {old} references, by process {}", self.id, pfn.get(), std::process::id());
+        }
     }
 
     /// Puts a reference of a frame or, given the first frame of a huge unit, of the unit.
@@ -599,9 +610,14 @@ impl Pgmap {
 
     /// Puts a reference of a small frame; whether it was the last.
     fn put_small(&self, pfn: DevPfn) -> bool {
-        let old = self.refs[pfn.get() as usize].fetch_sub(1, Ordering::AcqRel);
-        assert_ne!(old, 0, "{}: frame {}: put without a reference", self.id, pfn.get());
-        old == 1
+        // The count is left as it was where there is none: other processes would trip over what one has done.
+        let refs = &self.refs[pfn.get() as usize];
+        match refs.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1)) {
+            Ok(old) => old == 1,
+            Err(_) => {
+                panic!("{}: frame {}: put without a reference, by process {}", self.id, pfn.get(), std::process::id())
+            }
+        }
     }
 
     /// Puts a reference of a huge unit; `None` if it is one no longer.

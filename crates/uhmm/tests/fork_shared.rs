@@ -157,6 +157,36 @@ fn generations_of_children_share_and_part() {
 }
 
 #[test]
+fn a_child_gives_back_only_frames_that_were_shared_with_it() {
+    isolated!(|| {
+        let (mm, mirror) = hidden(64 << 20)?;
+        // Pages of the second device come home before each fork; the child has no part in its frames.
+        let other = mm.register(Plain::new(64 << 20)).expect("room for a device");
+        let (shared, private) = (Memory::new(300), Memory::new(300));
+        shared.fill();
+        private.fill();
+        for _ in 0..3 {
+            let sent = [(&mirror, &shared), (&other, &private)]
+                .map(|(mirror, memory)| mirror.migrate(memory.range(), &MigrateOptions::default()));
+            assert!(sent.iter().all(uhmm::mm::Report::is_complete), "{sent:?}");
+            let status = in_child(|| {
+                shared.check();
+                private.check();
+            });
+            assert_eq!(status, 0);
+            assert_eq!(other.frames_used(), 0);
+        }
+        // Frames that are in use twice hold the wrong bytes.
+        let _ = other.migrate(private.range(), &MigrateOptions::default());
+        let _ = other.migrate(shared.range(), &MigrateOptions::default());
+        shared.check();
+        private.check();
+        mm.close().unwrap();
+        Ok(())
+    });
+}
+
+#[test]
 fn forks_among_faults_and_migrations() {
     isolated!(|| {
         let (_mm, mirror) = hidden(64 << 20)?;
