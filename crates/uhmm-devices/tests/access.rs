@@ -12,6 +12,7 @@ use uhmm::{
     addr::VirtAddr,
     device::{Cause, DeviceError},
     mm::Location,
+    trace::Counter,
 };
 use uhmm_devices::soft::{AccessError, Lane, RunError, SoftConfig, SoftDevice};
 use uhmm_sys::{Errno, access, mem::Mapping};
@@ -182,6 +183,26 @@ fn atomics_work_on_frames_and_on_pages_taken_exclusively() {
 }
 
 #[test]
+fn an_atomic_operation_takes_one_fault() {
+    isolated!(|| {
+        let mm = Mm::open().unwrap();
+        let mirror = register(&mm, &SoftConfig::ram("soft", 8 * MIB), 0);
+        let memories = [Memory::new(4), Memory::new(4)];
+        for (policy, memory) in [Map, Migrate].into_iter().zip(&memories) {
+            memory.fill();
+            let mut lane = lane(&mirror, policy);
+            let before = mm.stats().get(Counter::DeviceFaults);
+            assert_eq!(lane.fetch_add_u64(memory.addr(1, 8), 1), Ok(common::stamp(1, 1)));
+            assert_eq!(lane.fetch_add_u64(memory.addr(1, 8), 1), Ok(common::stamp(1, 1) + 1));
+            assert_eq!(mm.stats().get(Counter::DeviceFaults), before + 1, "{policy:?}");
+            assert_eq!(is_on(&mm, &mirror, memory.addr(1, 0)), policy == Migrate);
+            assert_eq!(memory.get(1, 1), common::stamp(1, 1) + 2);
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn pages_of_a_shared_file_stay_and_have_no_atomics() {
     isolated!(|| {
         let mm = Mm::open().unwrap();
@@ -199,10 +220,10 @@ fn pages_of_a_shared_file_stay_and_have_no_atomics() {
             assert!(
                 matches!(
                     error,
-                    Err(AccessError::NotExclusive {
+                    Err(AccessError::Fault(FaultError::NotExclusive {
                         outcome: PageOutcome::SharedMapping | PageOutcome::FileBacked,
                         ..
-                    })
+                    }))
                 ),
                 "{error:?}"
             );

@@ -54,6 +54,20 @@ macro_rules! outcomes {
                 match self { $(Self::$name => $word),* }
             }
 
+            /// Whether it may be another a moment later, though nobody changes the mapping.
+            pub(crate) const fn is_passing(self) -> bool {
+                matches!(
+                    self,
+                    Self::Untried
+                        | Self::Pinned
+                        | Self::Busy
+                        | Self::Hole
+                        | Self::OtherDevice
+                        | Self::ExclusiveElsewhere
+                        | Self::TimedOut
+                )
+            }
+
             pub(crate) fn from_bits(bits: u64) -> Self {
                 usize::try_from(bits).ok().and_then(|n| Self::ALL.get(n)).copied().unwrap_or(Self::Failed)
             }

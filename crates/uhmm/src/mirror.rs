@@ -48,6 +48,11 @@ const fn needed(access: Access) -> Prot {
     }
 }
 
+/// What a device may do to a page that no CPU thread reaches: if anything changes it, then atomically.
+const fn most(writable: bool) -> Access {
+    if writable { Access::Atomic } else { Access::Read }
+}
+
 /// What a device fault does with a page that is in host memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DeviceFaultPolicy {
@@ -105,6 +110,14 @@ pub enum FaultError {
     TableFull {
         /// The page.
         addr: VirtAddr,
+    },
+    /// The page cannot be had for exclusive access, so there are no atomic operations on it: it is of a file, say.
+    #[error("{addr}: no exclusive access: {}", outcome.as_str())]
+    NotExclusive {
+        /// The page.
+        addr: VirtAddr,
+        /// Why.
+        outcome: PageOutcome,
     },
 }
 
@@ -244,6 +257,9 @@ impl<O: Os> Core<O> {
     }
 
     /// Serves a device's fault at `addr`: installs a translation in its table and returns it.
+    ///
+    /// For [`Access::Atomic`] a page of host memory that does not migrate is taken for the device's exclusive access. A CPU
+    /// thread may take it back at any time, also before the translation is there: then it is taken anew.
     pub(crate) fn device_fault(
         &'static self,
         ctx: &mut Ctx,
@@ -281,12 +297,9 @@ impl<O: Os> Core<O> {
                     Place::Device { device: d, pfn }
                         if d == device && (access == Access::Read || !entry.is_shared(pfn)) =>
                     {
-                        let access = if writable && !entry.is_shared(pfn) { Access::Write } else { Access::Read };
-                        Some(Pte::frame(pfn, access))
+                        Some(Pte::frame(pfn, most(writable && !entry.is_shared(pfn))))
                     }
-                    Place::Staged { exclusive: Some(d), .. } if d == device => {
-                        Some(Pte::host(if writable { Access::Atomic } else { Access::Read }))
-                    }
+                    Place::Staged { exclusive: Some(d), .. } if d == device => Some(Pte::exclusive(most(writable))),
                     Place::Device { .. } | Place::Staged { .. } => {
                         // Another's, or shared with a child: home first, page by page, as the kernel does it.
                         let i = addr.page_in_block();
@@ -313,6 +326,20 @@ impl<O: Os> Core<O> {
                         };
                         let mut outcomes = Outcomes::new();
                         self.migrate_out(ctx, window, &plan, &mut outcomes);
+                    }
+                    continue;
+                }
+                None if access == Access::Atomic => {
+                    self.refresh_excluded(ctx);
+                    let mut outcomes = Outcomes::new();
+                    match self.exclusive_in_block(ctx, device, page, &mut outcomes) {
+                        Ok(()) | Err(FaultError::Kernel { errno: Errno::INTR | Errno::AGAIN, .. }) => {}
+                        Err(error) => return Err(error),
+                    }
+                    match outcomes.0[addr.page_in_block()] {
+                        PageOutcome::Moved | PageOutcome::Already => {}
+                        outcome if outcome.is_passing() => std::thread::yield_now(),
+                        outcome => return Err(FaultError::NotExclusive { addr, outcome }),
                     }
                     continue;
                 }
@@ -509,7 +536,9 @@ impl<O: Os> Core<O> {
         let mut n = 0;
         for part in range.iter_blocks() {
             let mut outcomes = Outcomes::new();
-            self.exclusive_in_block(ctx, device, part, &mut outcomes);
+            if self.exclusive_in_block(ctx, device, part, &mut outcomes).is_err() {
+                PageSet::of(part).iter().for_each(|i| outcomes.0[i] = PageOutcome::NoAccess);
+            }
             for i in PageSet::of(part).iter() {
                 report(n, outcomes.0[i]);
                 n += 1;
@@ -517,11 +546,15 @@ impl<O: Os> Core<O> {
         }
     }
 
-    fn exclusive_in_block(&'static self, ctx: &mut Ctx, device: DeviceId, range: PageRange, outcomes: &mut Outcomes) {
+    fn exclusive_in_block(
+        &'static self,
+        ctx: &mut Ctx,
+        device: DeviceId,
+        range: PageRange,
+        outcomes: &mut Outcomes,
+    ) -> Result<(), FaultError> {
         // The kernel takes only pages that are there and writable, and faults them in so.
-        if self.fault_in_for_exclusive(ctx, range).is_err() {
-            return PageSet::of(range).iter().for_each(|i| outcomes.0[i] = PageOutcome::NoAccess);
-        }
+        self.fault_in_for_exclusive(ctx, range)?;
         let plan = Plan {
             to: None,
             why: Why::Exclusive,
@@ -531,7 +564,7 @@ impl<O: Os> Core<O> {
             owner: Some(device),
         };
         self.migrate_out(ctx, range, &plan, outcomes);
-        let Some(block) = self.blocks.find(range.start()) else { return };
+        let Some(block) = self.blocks.find(range.start()) else { return Ok(()) };
         let mut transit = Transit::new(block, self);
         let candidates =
             outcomes.pages(PageOutcome::Moved).or(&outcomes.pages(PageOutcome::Already)).and(&PageSet::of(range));
@@ -553,6 +586,7 @@ impl<O: Os> Core<O> {
                 Err(_) => PageOutcome::Busy,
             };
         }
+        Ok(())
     }
 
     fn fault_in_for_exclusive(&'static self, ctx: &mut Ctx, range: PageRange) -> Result<(), FaultError> {
@@ -596,8 +630,8 @@ impl<O: Os> Core<O> {
                     && device == entry.id()
                     && !word.locked()
                 {
-                    let access = if writable && !entry.is_shared(pfn) { Access::Write } else { Access::Read };
-                    let _ = entry.table().set(block.page(i), Pte::frame(pfn, access));
+                    let pte = Pte::frame(pfn, most(writable && !entry.is_shared(pfn)));
+                    let _ = entry.table().set(block.page(i), pte);
                 }
             }
         }

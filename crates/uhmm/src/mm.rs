@@ -670,12 +670,19 @@ impl Port {
 
     /// Serves a miss at `addr`: afterwards the table has a translation, until it is invalidated.
     ///
+    /// A translation for [`Access::Atomic`] is one for a page that no CPU thread reaches: a frame of the device, or a page of
+    /// host memory that the device holds exclusively ([`Pte::is_exclusive`], [`Port::exclusive_bytes`]) until a CPU thread
+    /// touches it.
+    ///
     /// # Errors
     /// [`FaultError`].
     ///
     /// # Locking
     /// May wait for pages in transit, for a second at most. The caller must not be between
     /// [`Device::close_gate`] and [`Device::open_gate`], nor hold what [`Device::flush`] waits for.
+    ///
+    /// # Kernel
+    /// `hmm_range_fault()` for one page; with [`Access::Atomic`] `make_device_exclusive()`.
     pub fn fault(&self, addr: VirtAddr, access: Access, policy: DeviceFaultPolicy) -> Result<Pte, FaultError> {
         let request = Request::DeviceFault { device: self.id, addr, access, policy };
         match self.core.call(request, |_, reply| reply) {
@@ -683,20 +690,6 @@ impl Port {
             Reply::Fault(error) => Err(error),
             reply => unreachable!("{reply:?} is no answer to a fault"),
         }
-    }
-
-    /// Takes the page of `addr` for the device's exclusive access. A fault for [`Access::Atomic`] then installs the
-    /// translation, unless a CPU thread has taken the page back meanwhile.
-    ///
-    /// # Locking
-    /// As [`Port::fault`].
-    ///
-    /// # Kernel
-    /// `make_device_exclusive()` for one page.
-    #[must_use]
-    pub fn exclusive(&self, addr: VirtAddr) -> PageOutcome {
-        let request = Request::Exclusive { device: self.id, range: PageRange::page_of(addr) };
-        self.core.call(request, |job, _| PageOutcome::from_bits(job.result(0)))
     }
 
     /// The bytes of a page that the device holds exclusively. Valid while the translation is.

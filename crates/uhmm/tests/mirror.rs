@@ -728,15 +728,23 @@ fn a_cpu_touch_takes_an_exclusive_page_back() {
             assert!(mirror.device().flushes.load(Relaxed) > 0, "the device was told");
             eventually("it is home by the books", || mm.residency(addr).at == Location::Cpu);
             assert!(port.exclusive_bytes(addr).is_none());
-            // One page by the port; memory that is mapped read-only, or not at all, is not to be had.
-            eventually("it can be held again", || port.exclusive(addr) == PageOutcome::Moved);
+            // A fault takes it as well; memory that is mapped read-only, or not at all, is not to be had.
+            eventually("it is held again", || {
+                let pte = port.fault(addr, Access::Atomic, DeviceFaultPolicy::Map).unwrap();
+                assert!(pte.is_exclusive() && pte.allows(Access::Atomic), "{pte:?}");
+                mirror.device().look(addr) == pte && mm.residency(addr).at == Location::Exclusive(mirror.id())
+            });
             assert_eq!(peek(area.page(9) + 8), 4711);
             eventually("it is home by the books", || mm.residency(addr).at == Location::Cpu);
             assert_eq!(Via::Libc.mprotect(area.page(20), PAGE, libc::PROT_READ), 0);
-            assert_eq!(port.exclusive(virt(area.page(20))), PageOutcome::NoAccess);
+            let read_only = virt(area.page(20));
+            let fault = |addr| port.fault(addr, Access::Atomic, DeviceFaultPolicy::Map);
+            assert_eq!(fault(read_only), Err(FaultError::Denied { addr: read_only }));
+            assert_eq!(mirror.exclusive(area.part(20..21).range()).count(PageOutcome::NoAccess), 1);
             area.check(1);
             area.unmap();
-            assert_eq!(port.exclusive(virt(area.page(9))), PageOutcome::NoAccess);
+            assert_eq!(fault(addr), Err(FaultError::NoVma { addr }));
+            assert_eq!(mirror.exclusive(area.part(9..10).range()).count(PageOutcome::NoAccess), 1);
         }
         finish(mm, [mirror]);
         Ok(())
@@ -750,12 +758,17 @@ fn an_exclusive_page_goes_to_whoever_asks_next() {
         let (a, b) = (Watcher::register(&mm, 1024), Watcher::register(&mm, 1024));
         let area = Area::filled(Shape::Small, 1, 1);
         let addr = virt(area.page(9));
-        let port = a.port().unwrap();
-        assert_eq!(port.exclusive(addr), PageOutcome::Moved);
-        port.fault(addr, Access::Atomic, DeviceFaultPolicy::Map).unwrap();
+        // A touch that was answered long ago may still take it back.
+        let take = |mirror: &Mirror<Watcher>| {
+            eventually("it is held", || {
+                let pte = mirror.port().unwrap().fault(addr, Access::Atomic, DeviceFaultPolicy::Map).unwrap();
+                assert!(pte.is_exclusive(), "{pte:?}");
+                mm.residency(addr).at == Location::Exclusive(mirror.id())
+            });
+        };
+        take(&a);
         a.device().forget();
-        assert_eq!(b.port().unwrap().exclusive(addr), PageOutcome::Moved);
-        assert_eq!(mm.residency(addr).at, Location::Exclusive(b.id()));
+        take(&b);
         assert!(a.device().look(addr).is_none() && a.device().flushes.load(Relaxed) > 0);
         // A migration leaves it, and says so; a system call takes it back; so do munmap and fork.
         let one = area.part(9..10);
@@ -766,13 +779,13 @@ fn an_exclusive_page_goes_to_whoever_asks_next() {
             assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
             assert_eq!(syscall(libc::SYS_write, [arg(pipe[1]), one.start, 64, 0, 0, 0]), Ok(64));
             eventually("it is home by the books", || mm.residency(addr).at == Location::Cpu);
-            eventually("it can be held again", || b.port().unwrap().exclusive(addr) == PageOutcome::Moved);
+            take(&b);
         }
         assert_eq!(wait_for(fork_child(|| area.check(1))), End::Exit(0));
         assert_eq!(mm.residency(addr).at, Location::Cpu);
-        assert_eq!(b.port().unwrap().exclusive(addr), PageOutcome::Moved);
+        take(&b);
         area.check(1);
-        eventually("it can be held again", || b.port().unwrap().exclusive(addr) == PageOutcome::Moved);
+        take(&b);
         area.unmap();
         eventually("it is gone by the books", || mm.residency(addr).at == Location::Cpu);
         // Pages of one device come home before another holds them.

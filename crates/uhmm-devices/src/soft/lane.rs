@@ -22,11 +22,7 @@
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
-use uhmm::{
-    DeviceFaultPolicy, FaultError, PageOutcome, Port,
-    device::DeviceError,
-    device_table::{Access, Pte},
-};
+use uhmm::{DeviceFaultPolicy, FaultError, Port, device::DeviceError, device_table::Access};
 use uhmm_sys::{
     Errno,
     access::{self, Copied},
@@ -66,14 +62,6 @@ pub enum AccessError {
         addr: VirtAddr,
         /// What failed.
         error: DeviceError,
-    },
-    /// The page cannot be had for exclusive access, so there are no atomic operations on it: it is of a file, say.
-    #[error("{addr}: no exclusive access: {}", outcome.as_str())]
-    NotExclusive {
-        /// The page.
-        addr: VirtAddr,
-        /// What the engine says of it.
-        outcome: PageOutcome,
     },
     /// The page was taken away again each time, until the budget ran out.
     #[error("{addr}: the page was taken away {tries} times before the access was made")]
@@ -176,78 +164,47 @@ impl Lane {
         loop {
             let inside = device.marks.enter(self.index, self.budget).map_err(|_| AccessError::KeptOut { addr })?;
             let pte = self.port.table().lookup(page);
-            // No CPU thread reaches a frame or an exclusive page, so there a write is enough for atomics.
-            if pte.allows(need.min(Access::Write)) {
-                if let Some(pfn) = pte.pfn() {
-                    if device.is_killed() {
-                        return Err(failed(DeviceError::Lost));
-                    }
-                    return near(&device.store, Near::Frame(pfn.offset() + in_page)).map_err(failed);
+            if !pte.allows(need) {
+                drop(inside);
+            } else if let Some(pfn) = pte.pfn() {
+                if device.is_killed() {
+                    return Err(failed(DeviceError::Lost));
                 }
+                return near(&device.store, Near::Frame(pfn.offset() + in_page)).map_err(failed);
+            } else if pte.is_exclusive() {
                 // Stays true while the mark is set: to take the page back the engine has to flush the entry first.
-                if pte.allows(Access::Atomic)
-                    && let Some(bytes) = self.port.exclusive_bytes(page)
-                {
+                if let Some(bytes) = self.port.exclusive_bytes(page) {
                     let rest = bytes.slice(in_page, PAGE_SIZE - in_page);
                     return near(&device.store, Near::Exclusive(rest)).map_err(failed);
                 }
-                if need < Access::Atomic {
-                    let in_host = inside.into_host(page);
-                    let done = far();
-                    drop(in_host);
-                    match done {
-                        Ok(value) => return Ok(value),
-                        // The mapping changed, or the page left and faults of system calls are not served.
-                        Err(Errno::FAULT) => {}
-                        Err(errno) => return Err(AccessError::Kernel { addr, errno }),
-                    }
-                } else {
-                    drop(inside);
-                }
-            } else {
                 drop(inside);
+            } else {
+                let in_host = inside.into_host(page);
+                let done = far();
+                drop(in_host);
+                match done {
+                    Ok(value) => return Ok(value),
+                    // The mapping changed, or the page left and faults of system calls are not served.
+                    Err(Errno::FAULT) => {}
+                    Err(errno) => return Err(AccessError::Kernel { addr, errno }),
+                }
             }
-            self.miss(addr, need, pte, &mut misses)?;
+            self.miss(addr, need, &mut misses)?;
         }
     }
 
     /// Has a miss served.
-    fn miss(&self, addr: VirtAddr, need: Access, seen: Pte, misses: &mut Misses) -> Result<(), AccessError> {
-        let page = addr.page();
+    fn miss(&self, addr: VirtAddr, need: Access, misses: &mut Misses) -> Result<(), AccessError> {
         misses.tries += 1;
         let first = *misses.first.get_or_insert_with(Instant::now);
         if misses.tries > 2 && first.elapsed() > self.budget {
-            return Err(AccessError::Contended { addr: page, tries: misses.tries });
+            return Err(AccessError::Contended { addr: addr.page(), tries: misses.tries });
         }
-        if need < Access::Atomic {
-            self.port.fault(addr, need, self.policy)?;
-            return Ok(());
+        match self.port.fault(addr, need, self.policy) {
+            // The lane's own budget counts.
+            Ok(_) | Err(FaultError::TimedOut { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
         }
-        // A page that is on the device, or goes there, needs no more than a translation.
-        let in_host = seen.is_host() && seen.allows(Access::Write)
-            || self.port.fault(addr, Access::Write, self.policy)?.is_host();
-        if in_host {
-            match self.port.exclusive(page) {
-                PageOutcome::Moved | PageOutcome::Already => {
-                    self.port.fault(addr, Access::Atomic, DeviceFaultPolicy::Map)?;
-                }
-                // Somebody has it just now: a CPU thread, another device, another lane.
-                PageOutcome::Busy
-                | PageOutcome::Pinned
-                | PageOutcome::Hole
-                | PageOutcome::OtherDevice
-                | PageOutcome::ExclusiveElsewhere
-                | PageOutcome::TimedOut => {}
-                outcome => {
-                    // Where the mapping is to blame the fault says so; else it was a moment ago.
-                    self.port.fault(addr, Access::Write, DeviceFaultPolicy::Map)?;
-                    if !matches!(outcome, PageOutcome::NoAccess | PageOutcome::Unmapped) {
-                        return Err(AccessError::NotExclusive { addr: page, outcome });
-                    }
-                }
-            }
-        }
-        Ok(())
     }
 
     // Bytes.
