@@ -162,18 +162,30 @@ impl Pte {
         Self(self.0 & !(Self::WRITE | Self::ATOMIC))
     }
 
+    /// The same for a whole block, as [`DeviceTable::set_block`] sets it: of a frame, the block's first.
+    #[must_use]
+    pub const fn for_block(self) -> Self {
+        Self(self.0 | Self::BLOCK)
+    }
+
+    /// What this entry, found for one page, says of the page `pages` further on (or back), which is in the same block: the
+    /// frame moves along. For entries of [`BLOCK_ORDER`], of which one look-up serves all pages.
+    #[must_use]
+    pub const fn further(self, pages: i64) -> Self {
+        if self.is_none() || self.is_host() {
+            return self;
+        }
+        Self(self.0.wrapping_add_signed(pages << Self::PFN_SHIFT))
+    }
+
     const fn as_page(self) -> Self {
         Self(self.0 & !Self::BLOCK)
     }
 
-    const fn as_block(self) -> Self {
-        Self(self.0 | Self::BLOCK)
-    }
-
     /// What a block entry says of the block's `n`th page.
+    #[expect(clippy::cast_possible_wrap, reason = "a page's number in a block is below 512")]
     const fn nth(self, n: usize) -> Self {
-        let step = if self.is_none() || self.is_host() { 0 } else { (n as u64) << Self::PFN_SHIFT };
-        Self(self.0 + step)
+        self.further(n as i64)
     }
 }
 
@@ -411,7 +423,7 @@ impl DeviceTable {
     pub fn set_block(&self, addr: VirtAddr, pte: Pte) -> Result<(), TableFull> {
         let full = TableFull { addr };
         let place = Place::of(addr).ok_or(full)?;
-        let word = if pte.is_none() { 0 } else { pte.as_block().0 };
+        let word = if pte.is_none() { 0 } else { pte.for_block().0 };
         let mut writer = lock(&self.writer);
         let slot = self.make_slot(&mut writer, place).ok_or(full)?;
         self.replace(&mut writer, slot, word);

@@ -78,15 +78,14 @@ impl Entry {
         self.pgmap.as_ref().map(|(pgmap, _)| pgmap)
     }
 
-    /// Frames for up to `pages` pages: one unit of a whole block if `huge` and to be had, else as long a run as is
-    /// cheap. `None` when the device is full or leaving.
-    pub(crate) fn alloc(&self, pages: usize, huge: bool) -> Option<FrameRun> {
+    /// Frames for up to `pages` pages: for a whole block one unit if there is one, so that one translation serves it, else as
+    /// long a run as is cheap. `None` when the device is full or leaving.
+    pub(crate) fn alloc(&self, pages: usize) -> Option<FrameRun> {
         let pgmap = self.pgmap()?;
         if self.state.load(Acquire) != LIVE {
             return None;
         }
-        if huge
-            && pages == uhmm_sys::addr::BLOCK_PAGES
+        if pages == uhmm_sys::addr::BLOCK_PAGES
             && let Some(first) = pgmap.alloc_huge()
         {
             // Kept as single frames: each page may later leave by itself, and the run stays contiguous meanwhile.

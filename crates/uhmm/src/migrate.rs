@@ -622,7 +622,7 @@ impl<O: Os> Core<O> {
                     transit.put_back(i);
                 }
             };
-            let Some(frames) = entry.alloc(same, huge) else {
+            let Some(frames) = entry.alloc(same) else {
                 outcomes.set(&rest, PageOutcome::Full);
                 self.stats.add(Counter::SkippedFull, rest.count());
                 let all = rest;
@@ -665,7 +665,7 @@ impl<O: Os> Core<O> {
     ) {
         let mut rest = *holes;
         while let Some(run) = rest.runs().next() {
-            let Some(frames) = entry.alloc(run.count, run.count == BLOCK_PAGES) else {
+            let Some(frames) = entry.alloc(run.count) else {
                 outcomes.set(&rest, PageOutcome::Full);
                 self.stats.add(Counter::SkippedFull, rest.count());
                 return;

@@ -25,8 +25,8 @@ use uhmm_sys::{
 
 use crate::{
     block::{Place, Transit},
-    device::{Device, DeviceId, Invalidation},
-    device_table::{Access, DeviceTable, Pte},
+    device::{DevPfn, Device, DeviceId, Invalidation},
+    device_table::{Access, BLOCK_ORDER, DeviceTable, Pte},
     devices::Entry,
     engine::Core,
     home::span,
@@ -171,7 +171,7 @@ impl PageReport {
         self.0 & ZERO != 0
     }
 
-    /// log2 of the pages that the CPU maps as one with it: 0 or 9.
+    /// log2 of the pages that the CPU maps as one with it, or that are as one in the device's memory: 0 or 9.
     #[must_use]
     pub const fn order(self) -> u32 {
         if self.0 & HUGE != 0 { 9 } else { 0 }
@@ -179,8 +179,8 @@ impl PageReport {
 
     /// The frame of the asking device that holds it, if one does.
     #[must_use]
-    pub const fn local_frame(self) -> Option<crate::device::DevPfn> {
-        if self.0 & LOCAL != 0 { Some(crate::device::DevPfn::new((self.0 >> PFN_SHIFT) as u32)) } else { None }
+    pub const fn local_frame(self) -> Option<DevPfn> {
+        if self.0 & LOCAL != 0 { Some(DevPfn::new((self.0 >> PFN_SHIFT) as u32)) } else { None }
     }
 }
 
@@ -286,6 +286,8 @@ impl<O: Os> Core<O> {
             };
             let vma = self.check_access(addr, access)?;
             let writable = vma.prot.contains(Prot::WRITE);
+            // A block of one mapping may have one entry.
+            let uniform = vma.range.contains_range(PageRange::block_of(addr));
             let pte = match self.blocks.find(addr).map(|block| (block, block.word(addr.page_in_block()))) {
                 Some((_, word)) if word.locked() => {
                     std::thread::yield_now();
@@ -344,6 +346,7 @@ impl<O: Os> Core<O> {
                     continue;
                 }
                 None => match self.populate_pages(ctx, page, access) {
+                    Ok(()) if uniform && self.is_huge_page(addr) => Pte::host(access).for_block(),
                     Ok(()) => Pte::host(access),
                     Err(Errno::NOMEM) => return Err(FaultError::NoVma { addr }),
                     Err(Errno::FAULT | Errno::ACCESS) => return Err(FaultError::Denied { addr }),
@@ -351,10 +354,40 @@ impl<O: Os> Core<O> {
                     Err(errno) => return Err(FaultError::Kernel { addr, errno }),
                 },
             };
+            let unit = (uniform && !pte.is_host()).then(|| self.unit(entry, addr)).flatten();
             if let Ok(_update) = self.notifiers.commit(entry.subscription(), seq) {
-                return entry.table().set(addr, pte).map(|()| pte).map_err(|_| FaultError::TableFull { addr });
+                let table = entry.table();
+                let set = match unit {
+                    Some(first) => table.set_block(addr, Pte::frame(first, most(writable))),
+                    None if pte.order() != 0 => table.set_block(addr, pte),
+                    None => table.set(addr, pte),
+                };
+                return set.map(|()| table.lookup(addr)).map_err(|_| FaultError::TableFull { addr });
             }
         }
+    }
+
+    /// The first frame of the block of `addr`, if the whole block is in frames of the device that are as good as one huge
+    /// page: neighbours, aligned, and nobody else's.
+    ///
+    /// Pages in transit do not count. What is found holds until the block is invalidated.
+    fn unit(&self, entry: &Entry, addr: VirtAddr) -> Option<DevPfn> {
+        let block = self.blocks.find(addr)?;
+        let Place::Device { pfn: first, .. } = block.word(0).place() else { return None };
+        let is_next = |i: usize, pfn: DevPfn| {
+            let word = block.word(i);
+            !word.locked() && word.place() == Place::Device { device: entry.id(), pfn } && !entry.is_shared(pfn)
+        };
+        let aligned = first.get().is_multiple_of(1 << BLOCK_ORDER);
+        (aligned && (0..BLOCK_PAGES).zip(0..).all(|(i, n)| is_next(i, first.add(n)))).then_some(first)
+    }
+
+    /// Whether the CPU maps the page of `addr` as part of a huge page. All of that is there then.
+    fn is_huge_page(&self, addr: VirtAddr) -> bool {
+        let mut page = [Page::empty(); 1];
+        self.os.scan(PageRange::page_of(addr), &mut page).is_ok()
+            && page[0].contains(Page::HUGE | Page::PRESENT)
+            && self.blocks.find(addr).is_none_or(|block| block.away() == 0)
     }
 
     /// The VMA of `addr`, if it allows `access`.
@@ -491,16 +524,27 @@ impl<O: Os> Core<O> {
             let pages = &mut pages[..piece.pages()];
             self.os.scan(piece, pages).map_err(|errno| FaultError::Kernel { addr: piece.start(), errno })?;
             let block = self.blocks.find(piece.start());
+            let uniform = vma.range.contains_range(PageRange::block_of(piece.start()));
+            let unit = if uniform { self.unit(entry, piece.start()) } else { None };
             for (page, flags) in piece.iter_pages().zip(pages.iter()) {
                 let place = block.map_or(Place::Cpu, |b| b.word(page.page_in_block()).place());
-                report(self.page_report(entry, &vma, place, *flags, asked));
+                report(self.page_report(entry, &vma, place, unit.is_some(), *flags, asked));
             }
             at = piece.end();
         }
         Ok(())
     }
 
-    fn page_report(&self, entry: &Entry, vma: &Vma, place: Place, flags: Page, asked: Option<Access>) -> PageReport {
+    /// `unit`: whether the page's block is in device memory as one huge page.
+    fn page_report(
+        &self,
+        entry: &Entry,
+        vma: &Vma,
+        place: Place,
+        unit: bool,
+        flags: Page,
+        asked: Option<Access>,
+    ) -> PageReport {
         if !vma.prot.contains(Prot::READ) {
             return PageReport::IMPOSSIBLE;
         }
@@ -508,7 +552,8 @@ impl<O: Os> Core<O> {
         match place {
             Place::Device { device, pfn } if device == entry.id() => {
                 let write = if writable && !entry.is_shared(pfn) { WRITE } else { 0 };
-                PageReport(VALID | LOCAL | write | u64::from(pfn.get()) << PFN_SHIFT)
+                let huge = if unit { HUGE } else { 0 };
+                PageReport(VALID | LOCAL | write | huge | u64::from(pfn.get()) << PFN_SHIFT)
             }
             Place::Device { .. } | Place::Staged { .. } => PageReport::NONE,
             Place::Poisoned { .. } => PageReport::IMPOSSIBLE,
@@ -623,7 +668,13 @@ impl<O: Os> Core<O> {
             if span(&local).is_none() {
                 continue;
             }
+            let uniform = part == PageRange::block_of(part.start());
+            let unit = if uniform { self.unit(entry, part.start()) } else { None };
             let Ok(_update) = self.notifiers.commit(entry.subscription(), seq) else { continue };
+            if let Some(first) = unit {
+                let _ = entry.table().set_block(part.start(), Pte::frame(first, most(writable)));
+                continue;
+            }
             for i in local.iter() {
                 let word = block.word(i);
                 if let Place::Device { device, pfn } = word.place()

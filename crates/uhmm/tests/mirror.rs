@@ -1068,6 +1068,7 @@ fn whole_folios_go_to_a_device_in_one_piece() {
         }
         send(&mirror, &area);
         let frames: Vec<_> = mirror.snapshot(area.range()).unwrap().iter().map(|p| p.local_frame().unwrap()).collect();
+        assert!(mirror.snapshot(area.range()).unwrap().iter().all(|page| page.order() == 9), "two units on the device");
         for block in frames.chunks(512) {
             assert!(block.windows(2).all(|pair| pair[1].get() == pair[0].get() + 1), "a folio was cut up");
         }

@@ -7,6 +7,9 @@
 //!             +--- no entry, or not for this access ---> clear the mark -> device fault -> again
 //! ```
 //!
+//! The lane keeps the last translations that it found, for a page or for a block of 2 MiB, and looks none of them up again
+//! until the device's table is flushed.
+//!
 //! Bytes pass through a page of the arena that belongs to the lane: the program's buffers are only touched while the
 //! mark is clear, for they may be away (see [`super::marks`]).
 //!
@@ -19,14 +22,21 @@
 //! A lane's thread must not have its stack migrated, and no signal handler may touch managed memory on it. The device's
 //! own workers see to both by themselves.
 
-use std::time::{Duration, Instant};
+use std::{
+    cell::Cell,
+    time::{Duration, Instant},
+};
 
 use thiserror::Error;
-use uhmm::{DeviceFaultPolicy, FaultError, Port, device::DeviceError, device_table::Access};
+use uhmm::{
+    DeviceFaultPolicy, FaultError, Port,
+    device::DeviceError,
+    device_table::{Access, Pte},
+};
 use uhmm_sys::{
     Errno,
     access::{self, Copied},
-    addr::{PAGE_SIZE, TASK_SIZE, VirtAddr},
+    addr::{BLOCK_SHIFT, PAGE_SHIFT, PAGE_SIZE, PageRange, TASK_SIZE, VirtAddr},
     mem::{AtomicOp, HostBytes},
 };
 
@@ -97,6 +107,25 @@ pub struct Lane {
     budget: Duration,
     /// A page of the arena, the lane's own.
     bounce: HostBytes,
+    /// By the number of the block.
+    kept: [Cell<Kept>; KEPT],
+    walks: Cell<u64>,
+}
+
+/// How many translations a lane keeps: a copy has two ends.
+const KEPT: usize = 4;
+
+/// A translation that was looked up in `epoch`, for `range` if there was one.
+#[derive(Debug, Clone, Copy)]
+struct Kept {
+    epoch: u64,
+    range: PageRange,
+    /// Of the range's first page.
+    pte: Pte,
+}
+
+impl Kept {
+    const NONE: Self = Self { epoch: 0, range: PageRange::page_of(VirtAddr::new(0)), pte: Pte::NONE };
 }
 
 /// What an access found, while the mark is set. From the byte asked for to the end of the page.
@@ -117,7 +146,9 @@ struct Misses {
 
 impl Lane {
     pub(super) const fn new(device: &'static SoftDevice, port: Port, index: usize, bounce: HostBytes) -> Self {
-        Self { device, port, index, policy: device.config.fault_policy, budget: device.config.access_budget, bounce }
+        let (policy, budget) = (device.config.fault_policy, device.config.access_budget);
+        let kept = [const { Cell::new(Kept::NONE) }; KEPT];
+        Self { device, port, index, policy, budget, bounce, kept, walks: Cell::new(0) }
     }
 
     /// The lane's number.
@@ -137,6 +168,12 @@ impl Lane {
         self.policy = policy;
     }
 
+    /// How often the lane has looked something up in the device's page table.
+    #[must_use]
+    pub const fn walks(&self) -> u64 {
+        self.walks.get()
+    }
+
     pub(super) fn arm(&self) {
         self.device.marks.arm(self.index);
     }
@@ -146,6 +183,22 @@ impl Lane {
     }
 
     // The memory management unit.
+
+    /// The translation of a page, looked up where the one that is kept does not allow `need`: a fault may have changed it.
+    /// To be asked inside, where it stays true.
+    fn translate(&self, page: VirtAddr, need: Access) -> Pte {
+        let epoch = self.device.marks.epoch();
+        let place = &self.kept[usize::try_from((page.get() >> BLOCK_SHIFT) % KEPT as u64).expect("less than KEPT")];
+        let kept = place.get();
+        if kept.epoch == epoch && kept.range.contains(page) && kept.pte.allows(need) {
+            return kept.pte.further(pages_between(kept.range.start(), page));
+        }
+        self.walks.set(self.walks.get() + 1);
+        let pte = self.port.table().lookup(page);
+        let range = if pte.order() == 0 { PageRange::page_of(page) } else { PageRange::block_of(page) };
+        place.set(Kept { epoch, range, pte: pte.further(pages_between(page, range.start())) });
+        pte
+    }
 
     /// Makes one access within a page. `near` runs while the mark is set; `far` while it is clear, for a page in host
     /// memory.
@@ -163,7 +216,7 @@ impl Lane {
         let mut misses = Misses::default();
         loop {
             let inside = device.marks.enter(self.index, self.budget).map_err(|_| AccessError::KeptOut { addr })?;
-            let pte = self.port.table().lookup(page);
+            let pte = self.translate(page, need);
             if !pte.allows(need) {
                 drop(inside);
             } else if let Some(pfn) = pte.pfn() {
@@ -493,6 +546,11 @@ impl Drop for Lane {
     fn drop(&mut self) {
         self.device.marks.release(self.index);
     }
+}
+
+/// From one page to another of the same block.
+const fn pages_between(from: VirtAddr, to: VirtAddr) -> i64 {
+    (to.get().cast_signed() - from.get().cast_signed()) >> PAGE_SHIFT
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "a page is 4096 bytes")]

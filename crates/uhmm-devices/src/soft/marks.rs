@@ -13,6 +13,9 @@
 //! ```
 //! By the fences one of the two sees what the other did.
 //!
+//! Each flush also begins an *epoch*, after the entries were removed and before it waits. A lane may keep what it looked up
+//! and use it inside later, as long as the epoch is the one in which it began to look.
+//!
 //! # The rule
 //! While its mark is set a lane touches the arena, device memory and its own stack, and nothing else: a page of the
 //! program may be away, and the handler that would bring it home may be waiting for this very mark.
@@ -107,6 +110,7 @@ struct Aligned<T>(T);
 pub(super) struct Marks {
     slots: [Slot; LANES],
     closed: Aligned<AtomicU32>,
+    epoch: Aligned<AtomicU64>,
     /// A bit for each lane that somebody has.
     claimed: AtomicU64,
     /// A bit for each lane that may set its mark. While none does, the gate costs next to nothing.
@@ -126,6 +130,7 @@ impl Marks {
         Self {
             slots: std::array::from_fn(|_| Slot::default()),
             closed: Aligned::default(),
+            epoch: Aligned::default(),
             claimed: AtomicU64::new(0),
             armed: AtomicU64::new(0),
         }
@@ -200,9 +205,15 @@ impl Marks {
         self.closed.0.store(0, Release);
     }
 
+    /// The epoch. To be asked inside.
+    pub(super) fn epoch(&self) -> u64 {
+        self.epoch.0.load(Acquire)
+    }
+
     /// Waits until no access begun before is under way: strictly for those inside, a little for those to host memory
     /// in `range`.
     pub(super) fn flush(&self, range: PageRange) {
+        self.epoch.0.fetch_add(1, SeqCst);
         let lanes = self.armed();
         self.wait(lanes);
         let mut pause = Pause::new(HOST_LIMIT);

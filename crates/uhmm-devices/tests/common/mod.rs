@@ -46,6 +46,13 @@ impl Memory {
         memory
     }
 
+    /// As [`Memory::new`], of huge pages as far as the kernel has them.
+    pub fn huge(blocks: usize) -> Self {
+        let memory = Self::new(blocks * BLOCK_PAGES);
+        memory.advise(memory.range(), libc::MADV_HUGEPAGE);
+        memory
+    }
+
     /// The same at a given place, where nothing may be.
     pub fn at(start: VirtAddr, pages: usize) -> Self {
         Self::map(Some(start), pages, -1)
@@ -125,9 +132,44 @@ impl Memory {
     }
 
     pub fn protect(&self, prot: i32) {
+        self.protect_part(self.range(), prot);
+    }
+
+    pub fn protect_part(&self, part: PageRange, prot: i32) {
+        let (start, len) = self.place(part);
         // SAFETY: pages of an own mapping, which nothing is borrowed from now.
-        let done = unsafe { libc::mprotect(self.start.cast(), self.pages * PAGE, prot) };
+        let done = unsafe { libc::mprotect(start, len, prot) };
         assert_eq!(done, 0);
+    }
+
+    pub fn advise(&self, part: PageRange, advice: i32) {
+        let (start, len) = self.place(part);
+        // SAFETY: pages of an own mapping; the bytes that the advice may drop are nobody's but the test's.
+        let done = unsafe { libc::madvise(start, len, advice) };
+        assert_eq!(done, 0);
+    }
+
+    /// Unmaps a part. Whoever calls it touches it no more.
+    pub fn unmap(&self, part: PageRange) {
+        let (start, len) = self.place(part);
+        // SAFETY: pages of an own mapping, which nothing is borrowed from now.
+        let done = unsafe { libc::munmap(start, len) };
+        assert_eq!(done, 0);
+    }
+
+    /// Maps a part anew, over what is there.
+    pub fn renew(&self, part: PageRange) {
+        let (start, len) = self.place(part);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        // SAFETY: pages of an own mapping; what is borrowed from them are atomic numbers, which are zero now.
+        let mapped = unsafe { libc::mmap(start, len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        assert_eq!(mapped, start);
+    }
+
+    fn place(&self, part: PageRange) -> (*mut libc::c_void, usize) {
+        assert!(self.range().contains_range(part));
+        let off = usize::try_from(part.start().get() - self.range().start().get()).unwrap();
+        (self.start.wrapping_add(off).cast(), part.pages() * PAGE)
     }
 }
 
