@@ -13,6 +13,7 @@
 //! area              ordinary memory to measure with
 //! thread, tls       threads whose stacks cannot be away
 //! fence, futex      ordering and waiting
+//! robust            what is left when a thread has ended
 //! probe             what this kernel lets this process do; the mask for tests
 //! limits, exclude   what the engine must live within, and what it must leave alone
 //! raw               system calls
@@ -37,6 +38,7 @@ pub mod mem;
 pub mod pagemap;
 pub mod probe;
 mod raw;
+pub mod robust;
 pub mod signal;
 pub mod space;
 pub mod thread;

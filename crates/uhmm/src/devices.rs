@@ -10,6 +10,7 @@ use uhmm_sys::{Errno, addr::VirtAddr, arena};
 use crate::{
     device::{DevPfn, Device, DeviceId, FrameRun},
     device_table::DeviceTable,
+    family::{Ledger, Member},
     notifier::Subscription,
     pgmap::Pgmap,
     sync::Words,
@@ -22,12 +23,44 @@ const LEAVING: u32 = 1;
 pub(crate) struct Entry {
     id: DeviceId,
     device: &'static dyn Device,
-    /// The pgmap, and the words that it lives in, which a forked child shares.
-    pgmap: Option<(Pgmap, Words)>,
+    memory: Option<Memory>,
+    /// This process.
+    member: Member,
     survives_fork: bool,
     table: &'static DeviceTable,
     subscription: Subscription,
     state: AtomicU32,
+}
+
+/// A device's memory, and what processes share of the books on it.
+pub(crate) struct Memory {
+    pgmap: Pgmap,
+    shared: SharedBooks,
+}
+
+/// What a forked child has in common with its parent: the words of the pgmap, and who holds which frames.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SharedBooks {
+    words: Words,
+    ledger: Ledger,
+}
+
+impl SharedBooks {
+    /// Books on a device of `frames` frames.
+    pub(crate) fn new(frames: u32) -> Result<Self, Errno> {
+        let needed = Pgmap::storage_needed(frames);
+        let words = Words {
+            words32: uhmm_sys::mem::shared_slice(needed.words32)?,
+            words64: uhmm_sys::mem::shared_slice(needed.words64)?,
+        };
+        Ok(Self { words, ledger: Ledger::new(frames)? })
+    }
+}
+
+impl Memory {
+    pub(crate) fn new(id: DeviceId, frames: u32, shared: SharedBooks) -> Self {
+        Self { pgmap: Pgmap::new(id, frames, shared.words), shared }
+    }
 }
 
 impl std::fmt::Debug for Entry {
@@ -40,12 +73,13 @@ impl Entry {
     pub(crate) fn new(
         id: DeviceId,
         device: &'static dyn Device,
-        pgmap: Option<(Pgmap, Words)>,
+        memory: Option<Memory>,
+        member: Member,
         survives_fork: bool,
         table: &'static DeviceTable,
         subscription: Subscription,
     ) -> Self {
-        Self { id, device, pgmap, survives_fork, table, subscription, state: AtomicU32::new(LIVE) }
+        Self { id, device, memory, member, survives_fork, table, subscription, state: AtomicU32::new(LIVE) }
     }
 
     /// Whether a forked child can use the frames.
@@ -53,9 +87,9 @@ impl Entry {
         self.survives_fork
     }
 
-    /// The words of the pgmap, for another view of it.
-    pub(crate) fn pgmap_words(&self) -> Option<Words> {
-        self.pgmap.as_ref().map(|(_, words)| *words)
+    /// The books, for a forked child.
+    pub(crate) fn shared_books(&self) -> Option<SharedBooks> {
+        self.memory.as_ref().map(|memory| memory.shared)
     }
 
     pub(crate) const fn id(&self) -> DeviceId {
@@ -75,29 +109,55 @@ impl Entry {
     }
 
     pub(crate) fn pgmap(&self) -> Option<&Pgmap> {
-        self.pgmap.as_ref().map(|(pgmap, _)| pgmap)
+        self.memory.as_ref().map(|memory| &memory.pgmap)
     }
 
     /// Frames for up to `pages` pages: for a whole block one unit if there is one, so that one translation serves it, else as
     /// long a run as is cheap. `None` when the device is full or leaving.
     pub(crate) fn alloc(&self, pages: usize) -> Option<FrameRun> {
-        let pgmap = self.pgmap()?;
+        let Memory { pgmap, shared } = self.memory.as_ref()?;
         if self.state.load(Acquire) != LIVE {
             return None;
         }
-        if pages == uhmm_sys::addr::BLOCK_PAGES
-            && let Some(first) = pgmap.alloc_huge()
-        {
+        let unit = if pages == uhmm_sys::addr::BLOCK_PAGES { pgmap.alloc_huge() } else { None };
+        let frames = match unit {
             // Kept as single frames: each page may later leave by itself, and the run stays contiguous meanwhile.
-            return pgmap.split(first).ok();
-        }
-        pgmap.alloc_run(u32::try_from(pages).expect("at most a block"))
+            Some(first) => pgmap.split(first).ok(),
+            None => pgmap.alloc_run(u32::try_from(pages).expect("at most a block")),
+        }?;
+        shared.ledger.note(self.member, frames);
+        Some(frames)
     }
 
     /// Gives frames back; those that nobody shares become free.
     pub(crate) fn free(&self, frames: FrameRun) {
-        let Some(pgmap) = self.pgmap() else { return };
+        self.free_of(self.member, frames);
+    }
+
+    /// Gives frames back that `member` has a reference to.
+    pub(crate) fn free_of(&self, member: Member, frames: FrameRun) {
+        let Some(Memory { pgmap, shared }) = &self.memory else { return };
+        shared.ledger.strike(member, frames);
         pgmap.put_run(frames, |run| self.device.freed(run));
+    }
+
+    /// Adds a reference to a frame for a child that is not born yet.
+    pub(crate) fn share_with(&self, child: Member, pfn: DevPfn) {
+        let Memory { pgmap, shared } = self.memory.as_ref().expect("a device with frames in use has memory");
+        pgmap.get(pfn);
+        shared.ledger.note(child, FrameRun { first: pfn, count: 1 });
+    }
+
+    /// Gives back what a dead member had. Returns how many references that were.
+    pub(crate) fn sweep(&self, member: Member) -> u32 {
+        let mut count = 0;
+        if let Some(Memory { pgmap, shared }) = &self.memory {
+            shared.ledger.clear(member, |frames| {
+                pgmap.put_run(frames, |run| self.device.freed(run));
+                count += frames.count;
+            });
+        }
+        count
     }
 
     /// Whether a frame belongs to a forked child as well.

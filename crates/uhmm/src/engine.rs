@@ -34,6 +34,7 @@ use crate::{
     device::Invalidation,
     devices::Devices,
     events::Deferred,
+    family::{Family, Member},
     fork::Homecomings,
     gate::{Gate, pause},
     job::{JOBS, Job, Reply, Request},
@@ -76,6 +77,11 @@ pub(crate) struct Core<O: Os> {
     pub(crate) staging: Staging,
     pub(crate) gate: Gate,
     pub(crate) devices: Devices,
+    /// The processes that share devices with this one, and which of them it is.
+    pub(crate) family: Family,
+    pub(crate) member: Member,
+    /// Where the child of the fork under way will be in the family.
+    pub(crate) unborn: Mutex<Option<Member>>,
     pub(crate) notifiers: &'static Notifiers<NOTIFIERS>,
     pub(crate) stats: Stats,
     pub(crate) lifts: Lifts,
@@ -117,6 +123,9 @@ pub(crate) const NOTIFIERS: usize = 256;
 /// How long a reader waits for an invalidation to end.
 const NOTIFIER_WAIT: std::time::Duration = std::time::Duration::from_secs(10);
 
+/// How often to look whether processes of the family have ended.
+const SWEEP_INTERVAL: std::time::Duration = std::time::Duration::from_millis(250);
+
 /// History ticks are 16 ms: 28 bits of them last for seven weeks before they wrap.
 const TICK_NS: u64 = 16_000_000;
 
@@ -134,7 +143,7 @@ impl<O: Os> Core<O> {
             // Nothing is moved home, so nothing can be moved home in it.
             staging.never_recycle();
         }
-        Self::assemble(os, Blocks::new(config.max_blocks)?, staging, Lifts::new()?, stats, 0)
+        Self::assemble(os, Blocks::new(config.max_blocks)?, staging, Lifts::new()?, stats, Family::new()?, 0)
     }
 
     /// Puts the parts of an address space together.
@@ -144,6 +153,7 @@ impl<O: Os> Core<O> {
         staging: Staging,
         lifts: Lifts,
         stats: Stats,
+        (family, member): (Family, Member),
         forks: u64,
     ) -> Result<Self, Errno> {
         let started_ns = os.now_ns();
@@ -152,6 +162,9 @@ impl<O: Os> Core<O> {
             staging,
             gate: Gate::new(),
             devices: Devices::default(),
+            family,
+            member,
+            unborn: Mutex::new(None),
             notifiers: arena::value(Notifiers::new(NOTIFIER_WAIT))?,
             stats,
             lifts,
@@ -240,6 +253,18 @@ impl<O: Os> Core<O> {
         self.os.excluded(&mut |range| ctx.excluded.add(range));
     }
 
+    // Family.
+
+    /// Gives back what processes of the family held that have ended. Returns how many frames' references that were.
+    pub(crate) fn sweep(&self) -> u32 {
+        let mut count = 0;
+        while let Some(dead) = self.family.bury() {
+            self.devices.for_each(|entry| count += entry.sweep(dead));
+            self.family.release(dead);
+        }
+        count
+    }
+
     // Fork.
 
     /// Begins taking pages out, unless a fork is being prepared.
@@ -313,7 +338,12 @@ impl<O: Os> Core<O> {
                 }
             }
             if !worked {
-                let _ = futex::wait(&self.posted, seen, None);
+                // The end of another process raises no event.
+                let others = self.family.has_others(self.member);
+                let _ = futex::wait(&self.posted, seen, others.then_some(SWEEP_INTERVAL));
+                if others {
+                    self.sweep();
+                }
             }
         }
     }

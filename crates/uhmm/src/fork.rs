@@ -44,7 +44,9 @@ use crate::{
     block::{Block, Place, Transit},
     device::{Cause, DevPfn, DeviceId, Invalidation},
     engine::Core,
+    family::Member,
     gate::pause,
+    home::frame_run,
     job::{Reply, Request},
     linux::LinuxMm,
     migrate::PageOutcome,
@@ -111,9 +113,12 @@ extern "C" fn prepare() {
                     sharing = Sharing::Home;
                 }
             });
-            if sharing == Sharing::Home {
+            let place = if sharing == Sharing::Shared { core.family.conceive() } else { None };
+            if place.is_none() {
+                sharing = Sharing::Home;
                 end_fork(core);
             }
+            core.expect_child(place);
         }
         core.call(Request::ForkPrepare { sharing }, |_, _| ());
         if sharing == Sharing::Shared {
@@ -161,7 +166,10 @@ extern "C" fn child() {
     TURN.store(false, Release);
     mm::forget();
     if let Some((core, Sharing::Shared)) = under_way {
-        if core.count_away(whole_space()) != 0 {
+        if core.count_away(whole_space()) == 0 && core.homecomings.is_empty() {
+            // It has no part in any frame.
+            core.family.release(core.child().expect("a place was found for it"));
+        } else {
             core.devices.for_each(|entry| entry.device().after_fork_in_child());
             if let Err(error) = mm::take_over(core) {
                 // Going on would read zeros where the bytes are away.
@@ -217,6 +225,11 @@ impl Homecomings {
         true
     }
 
+    /// Whether nothing came home.
+    fn is_empty(&self) -> bool {
+        self.count.load(Acquire) == 0
+    }
+
     /// Each entry of this fork that is complete.
     fn each(&self, mut f: impl FnMut(VirtAddr, DeviceId, DevPfn)) {
         let fork = self.fork() << FORK_SHIFT;
@@ -265,10 +278,11 @@ impl<O: Os> Core<O> {
         drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Fork, owner: None }));
         {
             // No event is applied meanwhile: a page that `mremap` moved to another block would be shared twice, or not at all.
+            let child = self.child().expect("a place was found for it");
             let _reader = self.lock_reader();
             self.blocks.for_each(whole_space(), |block| {
                 if block.away() != 0 {
-                    self.share_block(block);
+                    self.share_block(block, child);
                 }
                 ControlFlow::Continue(())
             });
@@ -295,7 +309,7 @@ impl<O: Os> Core<O> {
     ///
     /// # Locking
     /// The caller has the reader's lock.
-    fn share_block(&'static self, block: Block) {
+    fn share_block(&'static self, block: Block, child: Member) {
         let mut transit = Transit::new(block, self);
         // All at once: a page that is on its way home is either home before, or finds the block marked.
         for i in self.away(block).iter() {
@@ -305,7 +319,7 @@ impl<O: Os> Core<O> {
             if let Place::Device { device, pfn } = transit.place(i)
                 && let Some(entry) = self.devices.get(device).filter(|entry| entry.survives_fork())
             {
-                entry.pgmap().expect("a device with frames in use has a pgmap").get(pfn);
+                entry.share_with(child, pfn);
             }
         }
         block.fork().store(self.homecomings.fork(), Release);
@@ -338,6 +352,12 @@ impl<O: Os> Core<O> {
 
     /// Takes the references back that were added for a child that does not exist.
     pub(crate) fn unshare_frames(&'static self) {
+        let child = self.child().expect("a place was found for it");
+        let give_back = |device, pfn| {
+            if let Some(entry) = self.devices.get(device) {
+                entry.free_of(child, frame_run(pfn, 1));
+            }
+        };
         let _reader = self.lock_reader();
         self.blocks.for_each(whole_space(), |block| {
             let mut transit = Transit::new(block, self);
@@ -350,26 +370,38 @@ impl<O: Os> Core<O> {
                 if let Place::Device { device, pfn } = transit.place(i)
                     && self.is_shared_by_forks(device)
                 {
-                    self.free_frame(device, pfn);
+                    give_back(device, pfn);
                 }
             }
             ControlFlow::Continue(())
         });
-        self.homecomings.each(|_, device, pfn| self.free_frame(device, pfn));
+        self.homecomings.each(|_, device, pfn| give_back(device, pfn));
+        self.family.release(child);
+    }
+
+    /// Says where the child of the fork under way will be in the family, if it is to share frames.
+    fn expect_child(&self, place: Option<Member>) {
+        *self.unborn.lock().unwrap_or_else(PoisonError::into_inner) = place;
+    }
+
+    fn child(&self) -> Option<Member> {
+        *self.unborn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// In a forked child: the parent's address space as the child's, on a seam of its own. No engine thread runs yet.
     pub(crate) fn inherit(parent: &Self, os: O) -> Result<Self, Errno> {
         let staging: Staging = parent.staging.inherit()?;
         let fork = parent.homecomings.fork();
-        let core = Self::assemble(os, parent.blocks.inherit(), staging, parent.lifts.inherit(), parent.stats, fork)?;
+        let member = (parent.family, parent.child().expect("a place was found for it"));
+        let lifts = parent.lifts.inherit();
+        let core = Self::assemble(os, parent.blocks.inherit(), staging, lifts, parent.stats, member, fork)?;
         let mut failed = None;
         // The others' memory is not there.
         parent.devices.for_each(|old| {
             if !old.survives_fork() {
                 return;
             }
-            let made = core.make_entry(old.id(), old.device(), old.pgmap_words()).and_then(|e| core.devices.put(e));
+            let made = core.make_entry(old.id(), old.device(), old.shared_books()).and_then(|e| core.devices.put(e));
             failed = failed.or(made.err());
         });
         match failed {

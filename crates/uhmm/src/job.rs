@@ -67,7 +67,7 @@ pub(crate) enum Request {
     ForkPrepare { sharing: crate::fork::Sharing },
     /// A fork that was prepared with sharing failed.
     ForkFailed,
-    /// Which thread answers.
+    /// Which thread answers. It gives back first what ended processes held.
     EngineThread,
     /// Start one more thread of the engine: only those that one of its own makes have its files.
     Spawn { threads: Threads, role: Role },

@@ -7,6 +7,7 @@ pub mod device_table;
 mod devices;
 pub mod engine;
 mod events;
+mod family;
 mod fault;
 pub mod fork;
 mod gate;

@@ -622,7 +622,7 @@ impl<O: Os> Core<O> {
                     transit.put_back(i);
                 }
             };
-            let Some(frames) = entry.alloc(same) else {
+            let Some(frames) = self.alloc(entry, same) else {
                 outcomes.set(&rest, PageOutcome::Full);
                 self.stats.add(Counter::SkippedFull, rest.count());
                 let all = rest;
@@ -665,7 +665,7 @@ impl<O: Os> Core<O> {
     ) {
         let mut rest = *holes;
         while let Some(run) = rest.runs().next() {
-            let Some(frames) = entry.alloc(run.count) else {
+            let Some(frames) = self.alloc(entry, run.count) else {
                 outcomes.set(&rest, PageOutcome::Full);
                 self.stats.add(Counter::SkippedFull, rest.count());
                 return;
@@ -775,6 +775,11 @@ impl<O: Os> Core<O> {
             let chunk = self.staging.shrink()?;
             self.empty_chunk(chunk).then_some(chunk)
         })
+    }
+
+    /// As [`Entry::alloc`]; where there is no room, ended processes may have some.
+    fn alloc(&self, entry: &'static Entry, pages: usize) -> Option<FrameRun> {
+        entry.alloc(pages).or_else(|| if self.sweep() == 0 { None } else { entry.alloc(pages) })
     }
 
     /// Frees `frames`, and tells the device.

@@ -27,14 +27,13 @@ use crate::{
     block::{Place, Transit},
     device::{DevPfn, Device, DeviceId, Invalidation},
     device_table::{Access, BLOCK_ORDER, DeviceTable, Pte},
-    devices::Entry,
+    devices::{Entry, Memory, SharedBooks},
     engine::Core,
     home::span,
     migrate::{Holes, OtherDevices, Outcomes, PageOutcome, Plan, ResidencyRule, refusal},
     notifier::{IntervalOps, InvalidateSeq, Invalidated},
     os::Os,
     page_set::PageSet,
-    pgmap::Pgmap,
     sync::Words,
     thread::Ctx,
     trace::{Counter, Why},
@@ -222,25 +221,18 @@ const BUDGET: Duration = Duration::from_secs(1);
 const POPULATE_ATTEMPTS: u32 = 64;
 
 impl<O: Os> Core<O> {
-    /// `words` are those of the pgmap in the parent, where this is a forked child.
+    /// `books` are the parent's, where this is a forked child.
     pub(crate) fn make_entry(
         &self,
         id: DeviceId,
         device: &'static dyn Device,
-        words: Option<Words>,
+        books: Option<SharedBooks>,
     ) -> Result<Entry, Errno> {
         let spec = device.memory();
-        let pgmap = if spec.frames == 0 {
-            None
-        } else if let Some(words) = words {
-            Some((Pgmap::new(id, spec.frames, words), words))
-        } else {
-            let needed = Pgmap::storage_needed(spec.frames);
-            let words = Words {
-                words32: uhmm_sys::mem::shared_slice(needed.words32)?,
-                words64: uhmm_sys::mem::shared_slice(needed.words64)?,
-            };
-            Some((Pgmap::new(id, spec.frames, words), words))
+        let memory = match (spec.frames, books) {
+            (0, _) => None,
+            (frames, Some(books)) => Some(Memory::new(id, frames, books)),
+            (frames, None) => Some(Memory::new(id, frames, SharedBooks::new(frames)?)),
         };
         let table: &'static DeviceTable = {
             let needed = DeviceTable::storage_needed(TABLE_LEAVES, TABLE_BLOCKS);
@@ -249,7 +241,7 @@ impl<O: Os> Core<O> {
         };
         let sink: &'static TableSink = arena::value(TableSink { device, table, flushing: AtomicU32::new(0) })?;
         let subscription = self.notifiers.insert(crate::ops::whole_space(), sink).map_err(|_| Errno::NOMEM)?;
-        Ok(Entry::new(id, device, pgmap, spec.survives_fork, table, subscription))
+        Ok(Entry::new(id, device, memory, self.member, spec.survives_fork, table, subscription))
     }
 
     pub(crate) fn drop_entry(&self, entry: &'static Entry) {

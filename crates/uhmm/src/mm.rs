@@ -862,6 +862,10 @@ fn set_up(start: Start) -> Result<&'static Core<LinuxMm>, StartError> {
         Start::TakeOver(parent) => Core::inherit(parent, os),
     };
     let core: &'static Core<LinuxMm> = core.and_then(arena::value).map_err(StartError::Memory)?;
+    if threads == Threads::Hidden {
+        // This thread becomes a mover, and lives as long as the process.
+        core.family.watch(core.member).map_err(StartError::Memory)?;
+    }
     if let Start::TakeOver(parent) = start {
         core.adopt(parent).map_err(StartError::Memory)?;
     }

@@ -109,7 +109,10 @@ impl<O: Os> Core<O> {
                 self.thaw();
                 Reply::Done
             }
-            Request::EngineThread => Reply::Thread(uhmm_sys::thread::gettid()),
+            Request::EngineThread => {
+                self.sweep();
+                Reply::Thread(uhmm_sys::thread::gettid())
+            }
             Request::Spawn { threads, role } => match crate::mm::spawn(threads, role, None) {
                 Ok(()) => Reply::Done,
                 Err(errno) => Reply::Failed(errno),

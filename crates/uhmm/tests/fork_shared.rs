@@ -186,6 +186,108 @@ fn a_child_gives_back_only_frames_that_were_shared_with_it() {
     });
 }
 
+/// How a child ends that has frames in common with its parent.
+#[derive(Debug, Clone, Copy)]
+enum End {
+    Exit,
+    Killed,
+    Exec,
+}
+
+#[test]
+fn frames_of_a_child_that_has_ended_come_back() {
+    isolated!(|| {
+        let (mm, mirror) = hidden(64 << 20)?;
+        let memory = Memory::new(2048);
+        memory.fill();
+        for end in [End::Exit, End::Killed, End::Exec] {
+            let sent = mirror.migrate(memory.range(), &MigrateOptions::default());
+            assert_eq!(sent.count(PageOutcome::Moved), 2048, "{end:?}");
+            // SAFETY: the child runs ordinary code of this process; its libc is made right by `fork` itself.
+            let pid = unsafe { libc::fork() };
+            assert!(pid >= 0, "fork failed");
+            if pid == 0 {
+                assert_eq!(memory.get(5), stamp(5));
+                match end {
+                    // SAFETY: ends the child without running the parent's exit handlers.
+                    End::Exit => unsafe { libc::_exit(0) },
+                    End::Killed => loop {
+                        std::thread::park();
+                    },
+                    End::Exec => {
+                        // It lives on, as another program.
+                        let argv = [c"sleep".as_ptr(), c"60".as_ptr(), std::ptr::null()];
+                        // SAFETY: strings that end, in a list that ends.
+                        unsafe { libc::execvp(argv[0], argv.as_ptr()) };
+                        // SAFETY: as above.
+                        unsafe { libc::_exit(1) };
+                    }
+                }
+            }
+            assert_eq!(mm.home(memory.range()).count(PageOutcome::Moved), 2048);
+            if matches!(end, End::Killed) {
+                assert!(mirror.frames_used() > 1900, "the child has its part");
+                // SAFETY: the child just made.
+                assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+            }
+            let start = std::time::Instant::now();
+            while mirror.frames_used() != 0 {
+                let used = mirror.frames_used();
+                assert!(start.elapsed().as_secs() < 30, "{end:?}: {used} frames of a child that has ended are in use");
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            if matches!(end, End::Exec) {
+                // SAFETY: the child just made.
+                assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+            }
+            // SAFETY: waits for the child just made.
+            assert_eq!(unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) }, pid);
+            memory.check();
+        }
+        mm.close().unwrap();
+        Ok(())
+    });
+}
+
+#[test]
+fn more_children_than_a_family_has_places_for_see_their_bytes() {
+    isolated!(|| {
+        let (mm, mirror) = hidden(64 << 20)?;
+        let memory = Memory::new(256);
+        memory.fill();
+        let mut children = Vec::new();
+        let (gate_out, mut gate_in) = std::io::pipe().unwrap();
+        for _ in 0..70 {
+            let _ = mirror.migrate(memory.range(), &MigrateOptions::default());
+            // SAFETY: the child runs ordinary code of this process; its libc is made right by `fork` itself.
+            let pid = unsafe { libc::fork() };
+            assert!(pid >= 0, "fork failed");
+            if pid == 0 {
+                drop(gate_in);
+                // Until all are there.
+                let mut gate = gate_out;
+                let mut byte = [0];
+                let waited = std::io::Read::read(&mut gate, &mut byte).is_ok();
+                let ok = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| memory.check())).is_ok();
+                // SAFETY: ends the child without running the parent's exit handlers.
+                unsafe { libc::_exit(i32::from(!(ok && waited))) };
+            }
+            children.push(pid);
+        }
+        std::io::Write::write_all(&mut gate_in, &[0]).unwrap();
+        drop(gate_in);
+        for pid in children {
+            let mut status = 0;
+            // SAFETY: waits for a child made above.
+            assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+            assert_eq!(status, 0);
+        }
+        memory.check();
+        mm.close().unwrap();
+        Ok(())
+    });
+}
+
 #[test]
 fn forks_among_faults_and_migrations() {
     isolated!(|| {
