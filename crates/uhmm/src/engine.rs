@@ -33,7 +33,7 @@ use crate::{
     block::{Blocks, Waker},
     device::Invalidation,
     devices::Devices,
-    events::Deferred,
+    events::Reader,
     family::{Family, Member},
     fork::Homecomings,
     gate::{Gate, pause},
@@ -85,7 +85,9 @@ pub(crate) struct Core<O: Os> {
     pub(crate) notifiers: &'static Notifiers<NOTIFIERS>,
     pub(crate) stats: Stats,
     pub(crate) lifts: Lifts,
-    reader: Mutex<Deferred<O::Child>>,
+    reader: Mutex<Reader<O::Child>>,
+    /// Whether something may still be said of changes that were read.
+    pub(crate) unsettled: AtomicBool,
     jobs: &'static [Job],
     /// Counts posted jobs; movers sleep on it.
     posted: AtomicU32,
@@ -168,7 +170,8 @@ impl<O: Os> Core<O> {
             notifiers: arena::value(Notifiers::new(NOTIFIER_WAIT))?,
             stats,
             lifts,
-            reader: Mutex::new(Deferred::new()),
+            reader: Mutex::new(Reader::new()),
+            unsettled: AtomicBool::new(false),
             jobs: Job::table()?,
             posted: AtomicU32::new(0),
             threads: AtomicU32::new(0),
@@ -195,7 +198,7 @@ impl<O: Os> Core<O> {
         Ctx::new(slot)
     }
 
-    pub(crate) fn lock_reader(&self) -> MutexGuard<'_, Deferred<O::Child>> {
+    pub(crate) fn lock_reader(&self) -> MutexGuard<'_, Reader<O::Child>> {
         self.reader.lock().expect("a thread that panics with the reader's lock takes the process down")
     }
 

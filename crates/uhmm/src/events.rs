@@ -5,7 +5,7 @@
 
 use std::{
     ops::ControlFlow,
-    sync::atomic::Ordering::{AcqRel, Acquire},
+    sync::atomic::Ordering::{AcqRel, Acquire, SeqCst},
 };
 
 use uhmm_sys::{
@@ -48,7 +48,7 @@ impl<O: Os> Core<O> {
             let mut reader = self.lock_reader();
             self.gate.close();
             self.devices.for_each(|entry| entry.device().close_gate());
-            let fault = match self.next_event() {
+            let fault = match self.next_event(&mut reader) {
                 Ok(None) => None,
                 Ok(Some(Event::Fault { addr, .. })) => Some(addr),
                 Ok(Some(event)) => {
@@ -57,7 +57,7 @@ impl<O: Os> Core<O> {
                     while let Some(event) = next {
                         self.stats.add(Counter::Events, 1);
                         self.apply(ctx, event, &mut reader);
-                        next = reader.take();
+                        next = reader.deferred.take();
                     }
                     self.devices.for_each(|entry| entry.device().open_gate());
                     self.gate.open();
@@ -96,7 +96,7 @@ impl<O: Os> Core<O> {
         }
     }
 
-    fn apply(&'static self, ctx: &mut Ctx, event: Event<O::Child>, reader: &mut Deferred<O::Child>) {
+    fn apply(&'static self, ctx: &mut Ctx, event: Event<O::Child>, reader: &mut Reader<O::Child>) {
         match event {
             Event::Fault { .. } => unreachable!("faults are served outside the gate"),
             Event::Unmap(range) => self.drop_pages(range, reader),
@@ -112,7 +112,7 @@ impl<O: Os> Core<O> {
     }
 
     /// The contents of `range` are gone for good: forget pages that are away, and every translation.
-    fn drop_pages(&'static self, range: PageRange, reader: &mut Deferred<O::Child>) {
+    fn drop_pages(&'static self, range: PageRange, reader: &mut Reader<O::Child>) {
         let _invalidating = self.invalidate(&Invalidation { range, cause: Cause::Unmap, owner: None });
         self.blocks.for_each(range, |block| {
             if let Some(part) = PageRange::block_of(block.base()).intersection(range) {
@@ -133,7 +133,7 @@ impl<O: Os> Core<O> {
         }
     }
 
-    fn drop_in_block(&'static self, block: Block, pages: &PageSet, reader: &mut Deferred<O::Child>) {
+    fn drop_in_block(&'static self, block: Block, pages: &PageSet, reader: &mut Reader<O::Child>) {
         let mut transit = Transit::new(block, self);
         for i in pages.iter() {
             let word = block.word(i);
@@ -159,7 +159,7 @@ impl<O: Os> Core<O> {
     }
 
     /// Pages that are away follow their mapping to its new address.
-    fn remap(&'static self, from: VirtAddr, to: VirtAddr, len: u64, reader: &mut Deferred<O::Child>) {
+    fn remap(&'static self, from: VirtAddr, to: VirtAddr, len: u64, reader: &mut Reader<O::Child>) {
         let (Ok(old), Ok(new)) = (PageRange::new(from, len), PageRange::new(to, len)) else { return };
         let _old = self.invalidate(&Invalidation { range: old, cause: Cause::Unmap, owner: None });
         let _new = self.invalidate(&Invalidation { range: new, cause: Cause::Unmap, owner: None });
@@ -208,7 +208,7 @@ impl<O: Os> Core<O> {
     /// none, or the child takes them over by itself. Dropping the child's descriptor then ends its registration.
     ///
     /// The bytes are those of this moment: the gate is closed, so that no page comes home, and no device writes.
-    fn fork_child(&'static self, ctx: &mut Ctx, child: O::Child, reader: &mut Deferred<O::Child>) {
+    fn fork_child(&'static self, ctx: &mut Ctx, child: O::Child, reader: &mut Reader<O::Child>) {
         if self.is_frozen() {
             // Counted when it was prepared.
             if self.is_sharing() {
@@ -259,7 +259,7 @@ impl<O: Os> Core<O> {
     ///
     /// A holder that lifts pages (see [`crate::lift`]) waits in the kernel until its own event is read, and may begin
     /// to at any time.
-    fn hold_draining(&self, transit: &mut Transit<'_>, i: usize, reader: &mut Deferred<O::Child>) -> Place {
+    fn hold_draining(&self, transit: &mut Transit<'_>, i: usize, reader: &mut Reader<O::Child>) -> Place {
         let start = std::time::Instant::now();
         let mut spins = 0;
         loop {
@@ -273,11 +273,11 @@ impl<O: Os> Core<O> {
                 transit.block().page(i),
                 transit.block().word(i)
             );
-            if self.lifts.any() && !reader.is_full() {
-                match self.next_event() {
+            if self.lifts.any() && !reader.deferred.is_full() {
+                match self.next_event(reader) {
                     // It faults anew, and is served when the gate is open.
                     Ok(Some(Event::Fault { addr, .. })) => self.os.wake(PageRange::page_of(addr)),
-                    Ok(Some(event)) => reader.put(event),
+                    Ok(Some(event)) => reader.deferred.put(event),
                     Ok(None) => {}
                     Err(error) => panic!("reading the userfaultfd failed: {error}"),
                 }
@@ -286,18 +286,94 @@ impl<O: Os> Core<O> {
         }
     }
 
-    /// Reads one message; what the engine's own lifts raise is told apart and not returned.
-    fn next_event(&self) -> Result<Option<Event<O::Child>>, Errno> {
+    /// Reads one message; what the engine's own lifts raise, and what was known already, is told apart and not returned.
+    fn next_event(&self, reader: &mut Reader<O::Child>) -> Result<Option<Event<O::Child>>, Errno> {
         loop {
+            if !reader.vacated.is_empty() && (!self.unsettled.load(SeqCst) || !self.is_changing()) {
+                reader.vacated.clear();
+            }
             match self.os.next_event()? {
                 Some(Event::Remap { from, to, .. }) if self.lifts.moved(from, to) => {}
+                Some(Event::Unmap(range)) if reader.vacated.take(range) => {}
                 event => {
                     if let Some(Event::Remap { .. } | Event::Unmap(_)) = event {
                         self.lifts.changed();
                     }
+                    if let Some(Event::Remap { from, len, .. }) = event
+                        && let Ok(range) = PageRange::new(from, len)
+                    {
+                        reader.vacated.put(range);
+                        self.unsettled.store(true, SeqCst);
+                    }
                     return Ok(event);
                 }
             }
+        }
+    }
+
+    /// As [`Os::is_changing`]. Where nothing is, everything about earlier changes was read.
+    ///
+    /// # Locking
+    /// The caller is inside the gate, or the reader.
+    pub(crate) fn is_changing(&self) -> bool {
+        let changing = self.os.is_changing();
+        if !changing && self.unsettled.load(SeqCst) {
+            self.unsettled.store(false, SeqCst);
+        }
+        changing
+    }
+}
+
+/// What the reader keeps from one message to the next.
+#[derive(Debug)]
+pub(crate) struct Reader<C> {
+    deferred: Deferred<C>,
+    vacated: Vacated,
+}
+
+impl<C> Reader<C> {
+    pub(crate) fn new() -> Self {
+        Self { deferred: Deferred::new(), vacated: Vacated::new() }
+    }
+}
+
+/// Ranges that mappings have left by `mremap`, of which the kernel has yet to say that they were unmapped.
+///
+/// It says so when the thread that moved the mapping runs again after its [`Event::Remap`] was read. That adds nothing to
+/// what was read; but another mapping may have moved there by then, and its pages are not those that were unmapped.
+#[derive(Debug)]
+struct Vacated {
+    ranges: [Option<PageRange>; MOST_VACATED],
+    /// Where the next goes, over the oldest.
+    next: usize,
+}
+
+/// As many threads can be between the two messages of an `mremap`. Of more the oldest are forgotten.
+const MOST_VACATED: usize = 128;
+
+impl Vacated {
+    const fn new() -> Self {
+        Self { ranges: [None; MOST_VACATED], next: 0 }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.next == 0
+    }
+
+    fn clear(&mut self) {
+        *self = Self::new();
+    }
+
+    fn put(&mut self, range: PageRange) {
+        self.ranges[self.next % MOST_VACATED] = Some(range);
+        self.next += 1;
+    }
+
+    /// Whether `range` is one of them; it is none from now on.
+    fn take(&mut self, range: PageRange) -> bool {
+        match self.ranges.iter_mut().find(|vacated| **vacated == Some(range)) {
+            Some(found) => found.take().is_some(),
+            None => false,
         }
     }
 }
@@ -307,14 +383,14 @@ const MOST_DEFERRED: usize = 128;
 
 /// Events that were read while another was being applied, in order.
 #[derive(Debug)]
-pub(crate) struct Deferred<C> {
+struct Deferred<C> {
     events: [Option<Event<C>>; MOST_DEFERRED],
     first: usize,
     count: usize,
 }
 
 impl<C> Deferred<C> {
-    pub(crate) fn new() -> Self {
+    fn new() -> Self {
         Self { events: std::array::from_fn(|_| None), first: 0, count: 0 }
     }
 

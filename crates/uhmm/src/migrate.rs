@@ -432,7 +432,7 @@ impl<O: Os> Core<O> {
             let _registration = block.lock_registration();
             changes = self.lifts.changes();
             // What is at these addresses may have come there by a change that the books do not know yet.
-            if self.os.is_changing() {
+            if self.is_changing() {
                 stop = Some(Errno::AGAIN);
             } else if let Err(error) = self.os.register(piece, MANAGED) {
                 stop = Some(error);

@@ -511,3 +511,53 @@ fn one_page_is_everybodys() {
         Ok(())
     });
 }
+
+#[test]
+fn mappings_move_to_where_others_were_a_moment_ago() {
+    isolated!(|| {
+        // The kernel says that a range was left by `mremap` some time after the next mapping may have moved there.
+        if !has_move() {
+            return Err(Skip(
+                "without UFFDIO_MOVE other threads' new mappings are lifted by mistake at times".to_owned(),
+            ));
+        }
+        let mm = open()?;
+        let (mirrors, rules) = (two_devices(&mm), Rules::new());
+        let moved = AtomicU64::new(0);
+        std::thread::scope(|s| {
+            for thread in 0..6 {
+                let (mirror, moved) = (&mirrors[0], &moved);
+                s.spawn(move || {
+                    let mut random = Random::new(rules.seed.wrapping_mul(31).wrapping_add(thread));
+                    let (start, mut tag) = (Instant::now(), thread << 24);
+                    while start.elapsed() < Duration::from_secs(rules.seconds) {
+                        tag += 1;
+                        let (pages, more) = (1 + random.below(30), 1 + random.below(30));
+                        // It cannot grow where it is.
+                        let guard = map(0, (pages + 1) * PAGE, RW, 0) + pages * PAGE;
+                        assert_eq!(Via::Raw.mprotect(guard, PAGE, libc::PROT_NONE), 0);
+                        let area = Area { start: guard - pages * PAGE, pages };
+                        area.fill(tag);
+                        drop(mirror.migrate(area.range(), &MigrateOptions::default()));
+                        let (len, grown) = (area.len(), (pages + more) * PAGE);
+                        // Refused where the mapping is registered in part.
+                        if let Ok(to) = Via::Raw.mremap(area.start, len, grown, libc::MREMAP_MAYMOVE, 0) {
+                            Area { start: to, pages }.check(tag);
+                            unmap(to, grown);
+                            moved.fetch_add(1, Relaxed);
+                        } else {
+                            area.unmap();
+                        }
+                        unmap(guard, PAGE);
+                    }
+                });
+            }
+        });
+        let moved = moved.into_inner();
+        println!("{moved} mappings moved");
+        assert!(moved > 100, "{moved} mappings moved");
+        drop(mirrors);
+        mm.close().unwrap();
+        Ok(())
+    });
+}
