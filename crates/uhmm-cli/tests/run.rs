@@ -202,9 +202,13 @@ fn moves() -> bool {
     missing.is_none()
 }
 
-/// The ways in which a program runs: as it is, moved about, and with little room.
-const WAYS: [&[&str]; 3] =
-    [&["--stats=json"], &["--stats=json", "--stress"], &["--stats=json", "--resident", "4M", "--device", "soft:1G"]];
+/// The ways in which a program runs: as it is, moved about, also on a device that the CPU can address, and with little room.
+const WAYS: [&[&str]; 4] = [
+    &["--stats=json"],
+    &["--stats=json", "--stress"],
+    &["--stats=json", "--stress", "--device", "soft:256M,coherent", "--device", "soft:256M"],
+    &["--stats=json", "--resident", "4M", "--device", "soft:1G"],
+];
 
 /// Runs a program in each way; it must end well. Where memory moves and the program lives long enough, some must have
 /// left and come home.

@@ -20,7 +20,7 @@
 //! the program's heap.
 //!
 //! # Not supported
-//! Memory is not encrypted, and a file is not durable: it ends with the process.
+//! Coherent memory of a NUMA node's own: nothing binds it to one. Memory is not encrypted, and a file is not durable: it ends with the process.
 //!
 //! # Kernel
 //! `lib/test_hmm.c`, the driver for HMM's own tests; unlike that one it computes.
@@ -73,7 +73,8 @@ pub struct SoftConfig {
     pub name: String,
     /// Where its memory comes from.
     pub memory: Memory,
-    /// Whether the engine may map it for CPUs.
+    /// Whether the engine may map it for CPUs. Coherent memory is anonymous memory of the process and counts as that;
+    /// a file cannot be coherent.
     pub kind: MemoryKind,
     /// What device faults do with pages in host memory. A lane can change it for itself.
     pub fault_policy: DeviceFaultPolicy,
@@ -157,7 +158,7 @@ impl SoftDevice {
     pub fn new(config: &SoftConfig) -> Result<Self, SoftError> {
         // Before any lane exists: see `uhmm_sys::fence`.
         fence::register_membarrier();
-        let store = Store::new(&config.name, &config.memory)?;
+        let store = Store::new(&config.name, &config.memory, config.kind)?;
         let bounce = arena::pages(marks::LANES as u64 * PAGE_SIZE, PAGE_SIZE).map_err(SoftError::Memory)?;
         let mut name = [0; NAME_MAX];
         let name_len = config.name.floor_char_boundary(NAME_MAX);
@@ -265,7 +266,13 @@ impl Device for SoftDevice {
     }
 
     fn memory(&self) -> MemorySpec {
-        MemorySpec { frames: self.store.frames(), kind: self.config.kind, survives_fork: true }
+        // A forked child has a copy of coherent memory, not the same.
+        let survives_fork = self.config.kind == MemoryKind::Private;
+        MemorySpec { frames: self.store.frames(), kind: self.config.kind, survives_fork }
+    }
+
+    fn host_memory(&self) -> Option<HostBytes> {
+        self.store.host_memory()
     }
 
     fn copy_to_device(&self, ops: &[CopyOp]) -> Result<(), DeviceError> {

@@ -16,6 +16,7 @@ use std::{
 use uhmm::{
     DeviceFaultPolicy::{Map, Migrate},
     FaultError, MigrateOptions, Mirror, Mm,
+    device::MemoryKind,
     engine::Config,
     mm::Setup,
     trace::Counter,
@@ -113,6 +114,17 @@ fn two_devices_and_the_cpu_count_exactly() {
     isolated!(|| {
         let mm = Mm::open().unwrap();
         let mirrors = configs(8 * MIB).map(|config| register(&mm, &config, 0));
+        add_and_move(&mm, &mirrors, 450);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_coherent_device_a_private_one_and_the_cpu_count_exactly() {
+    isolated!(|| {
+        let mm = Mm::open().unwrap();
+        let coherent = SoftConfig { kind: MemoryKind::Coherent, ..SoftConfig::ram("coherent", 8 * MIB) };
+        let mirrors = [coherent, SoftConfig::ram("private", 8 * MIB)].map(|config| register(&mm, &config, 0));
         add_and_move(&mm, &mirrors, 450);
         Ok(())
     });

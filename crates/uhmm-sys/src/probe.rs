@@ -271,7 +271,7 @@ impl Cap {
             Self::Move => (
                 "move",
                 Limit,
-                "pages leave by mremap and copy: slower, locked memory stays, and pages pinned for I/O cannot be told from others",
+                "pages leave by mremap and copy: slower, locked memory stays, pages pinned for I/O cannot be told from others, and coherent device memory is used like private",
             ),
             Self::WriteProtect => ("wp", Limit, "staging cannot be registered, and nothing can leave by move"),
             Self::WpUnpopulated => {

@@ -17,6 +17,9 @@
 //!    +------------------------------------------- Poisoned
 //! ```
 //!
+//! From the frames of a device that the CPU can address, pages are mapped into the program (see [`crate::coherent`]). They
+//! count as away all the same: what happens to them is the engine's to know.
+//!
 //! Transitions happen under the page's lock only. `Staged` is a state of rest: a page may stay there for long (set
 //! aside to see whether it is touched, or taken by a device for exclusive access).
 
@@ -50,8 +53,10 @@ pub(crate) enum Place {
         /// The device that has the page for itself, if any.
         exclusive: Option<DeviceId>,
     },
-    /// In a frame of a device.
+    /// In a frame of a device, out of the CPU's reach.
     Device { device: DeviceId, pfn: DevPfn },
+    /// In a frame of a device and mapped in the program (see [`crate::coherent`]).
+    Coherent { device: DeviceId, pfn: DevPfn },
     /// Its bytes went down with a device.
     Poisoned { device: DeviceId },
 }
@@ -65,6 +70,7 @@ const TAG_CPU: u64 = 0;
 const TAG_STAGED: u64 = 1;
 const TAG_DEVICE: u64 = 2;
 const TAG_POISONED: u64 = 3;
+const TAG_COHERENT: u64 = 4;
 const LOCKED: u64 = 1 << 3;
 const WAITED: u64 = 1 << 4;
 const EXCLUSIVE: u64 = 1 << 5;
@@ -81,6 +87,7 @@ impl Word {
                 TAG_STAGED | number(slot.number()) | exclusive.map_or(0, |d| EXCLUSIVE | device(d))
             }
             Place::Device { device: d, pfn } => TAG_DEVICE | device(d) | number(pfn.get()),
+            Place::Coherent { device: d, pfn } => TAG_COHERENT | device(d) | number(pfn.get()),
             Place::Poisoned { device: d } => TAG_POISONED | device(d),
         })
     }
@@ -95,6 +102,7 @@ impl Word {
                 exclusive: (self.0 & EXCLUSIVE != 0).then_some(device),
             },
             TAG_DEVICE => Place::Device { device, pfn: DevPfn::new(number) },
+            TAG_COHERENT => Place::Coherent { device, pfn: DevPfn::new(number) },
             TAG_POISONED => Place::Poisoned { device },
             _ => unreachable!("page word {:#x} has no meaning", self.0),
         }
@@ -108,8 +116,14 @@ impl Word {
         self.0 & WAITED != 0
     }
 
+    /// Whether the page is the kernel's alone.
     pub(crate) const fn is_cpu(self) -> bool {
         self.0 & TAG_MASK == TAG_CPU
+    }
+
+    /// Whether the kernel's page table says where the page is.
+    pub(crate) const fn is_mapped(self) -> bool {
+        matches!(self.0 & TAG_MASK, TAG_CPU | TAG_COHERENT)
     }
 }
 
@@ -617,6 +631,7 @@ mod tests {
             Place::Staged { slot: Slot::from_number(0xdead_beef), exclusive: None },
             Place::Staged { slot: Slot::from_number(7), exclusive: Some(DeviceId(0)) },
             Place::Device { device: DeviceId(7), pfn: DevPfn::new(u32::MAX) },
+            Place::Coherent { device: DeviceId(1), pfn: DevPfn::new(77) },
             Place::Poisoned { device: DeviceId(3) },
         ] {
             assert_eq!(Word::of(place).place(), place);

@@ -104,7 +104,8 @@ pub struct CopyOp {
 pub enum MemoryKind {
     /// The CPU cannot: a touch brings the page home (the kernel's `MEMORY_DEVICE_PRIVATE`).
     Private,
-    /// The CPU can: a page on the device stays mapped in the program (the kernel's `MEMORY_DEVICE_COHERENT`).
+    /// The CPU can: a page on the device stays mapped in the program (the kernel's `MEMORY_DEVICE_COHERENT`). See
+    /// [`Device::host_memory`].
     Coherent,
 }
 
@@ -172,6 +173,16 @@ pub trait Device: Send + Sync + 'static {
     /// The memory on offer; asked once, at registration.
     fn memory(&self) -> MemorySpec;
 
+    /// Where the frames of a device of [`MemoryKind::Coherent`] are: memory that [`uhmm_sys::arena::pages`] handed out,
+    /// aligned to 2 MiB, with a page for each frame. Asked once, at registration.
+    ///
+    /// The engine moves pages from there into the program and back. The place of a frame whose page is in the program
+    /// is empty; the engine lets no translation lead there, and asks for no copy. `None`, and a kernel without
+    /// `UFFDIO_MOVE`: the memory is used as if it were [`MemoryKind::Private`].
+    fn host_memory(&self) -> Option<HostBytes> {
+        None
+    }
+
     /// Copies host bytes into frames. All of `ops` must have arrived when it returns.
     ///
     /// # Errors
@@ -184,7 +195,7 @@ pub trait Device: Send + Sync + 'static {
     /// On [`DeviceError::Lost`] the pages are poisoned; on others the engine tries again within its budget.
     fn copy_to_host(&self, ops: &[CopyOp]) -> Result<(), DeviceError>;
 
-    /// Fills frames with zeros.
+    /// Fills frames with zeros. On a coherent device there are pages in their places afterwards.
     ///
     /// # Errors
     /// As for [`Device::copy_to_device`].

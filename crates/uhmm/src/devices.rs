@@ -2,13 +2,20 @@
 
 use std::sync::{
     RwLock,
-    atomic::{AtomicU32, Ordering::Acquire},
+    atomic::{
+        AtomicU32,
+        Ordering::{AcqRel, Acquire},
+    },
 };
 
-use uhmm_sys::{Errno, addr::VirtAddr, arena};
+use uhmm_sys::{
+    Errno,
+    addr::{PageRange, VirtAddr},
+    arena,
+};
 
 use crate::{
-    device::{DevPfn, Device, DeviceId, FrameRun},
+    device::{DevPfn, Device, DeviceId, FrameRun, MemoryKind, MemorySpec},
     device_table::DeviceTable,
     family::{Ledger, Member},
     notifier::Subscription,
@@ -36,6 +43,9 @@ pub(crate) struct Entry {
 pub(crate) struct Memory {
     pgmap: Pgmap,
     shared: SharedBooks,
+    kind: MemoryKind,
+    /// Where the frames are, if pages are mapped from them.
+    range: Option<PageRange>,
 }
 
 /// What a forked child has in common with its parent: the words of the pgmap, and who holds which frames.
@@ -58,8 +68,8 @@ impl SharedBooks {
 }
 
 impl Memory {
-    pub(crate) fn new(id: DeviceId, frames: u32, shared: SharedBooks) -> Self {
-        Self { pgmap: Pgmap::new(id, frames, shared.words), shared }
+    pub(crate) fn new(id: DeviceId, spec: &MemorySpec, shared: SharedBooks, range: Option<PageRange>) -> Self {
+        Self { pgmap: Pgmap::new(id, spec.frames, shared.words), shared, kind: spec.kind, range }
     }
 }
 
@@ -80,6 +90,16 @@ impl Entry {
         subscription: Subscription,
     ) -> Self {
         Self { id, device, memory, member, survives_fork, table, subscription, state: AtomicU32::new(LIVE) }
+    }
+
+    /// Where the frames are, if pages are mapped from them.
+    pub(crate) fn coherent_range(&self) -> Option<PageRange> {
+        self.memory.as_ref()?.range
+    }
+
+    /// Whether the frames count as anonymous memory of the process, so that a page that goes there frees no RAM.
+    pub(crate) fn is_in_ram(&self) -> bool {
+        self.memory.as_ref().is_some_and(|memory| memory.kind == MemoryKind::Coherent)
     }
 
     /// Whether a forked child can use the frames.
@@ -115,7 +135,7 @@ impl Entry {
     /// Frames for up to `pages` pages: for a whole block one unit if there is one, so that one translation serves it, else as
     /// long a run as is cheap. `None` when the device is full or leaving.
     pub(crate) fn alloc(&self, pages: usize) -> Option<FrameRun> {
-        let Memory { pgmap, shared } = self.memory.as_ref()?;
+        let Memory { pgmap, shared, .. } = self.memory.as_ref()?;
         if self.state.load(Acquire) != LIVE {
             return None;
         }
@@ -136,14 +156,14 @@ impl Entry {
 
     /// Gives frames back that `member` has a reference to.
     pub(crate) fn free_of(&self, member: Member, frames: FrameRun) {
-        let Some(Memory { pgmap, shared }) = &self.memory else { return };
+        let Some(Memory { pgmap, shared, .. }) = &self.memory else { return };
         shared.ledger.strike(member, frames);
         pgmap.put_run(frames, |run| self.device.freed(run));
     }
 
     /// Adds a reference to a frame for a child that is not born yet.
     pub(crate) fn share_with(&self, child: Member, pfn: DevPfn) {
-        let Memory { pgmap, shared } = self.memory.as_ref().expect("a device with frames in use has memory");
+        let Memory { pgmap, shared, .. } = self.memory.as_ref().expect("a device with frames in use has memory");
         pgmap.get(pfn);
         shared.ledger.note(child, FrameRun { first: pfn, count: 1 });
     }
@@ -151,7 +171,7 @@ impl Entry {
     /// Gives back what a dead member had. Returns how many references that were.
     pub(crate) fn sweep(&self, member: Member) -> u32 {
         let mut count = 0;
-        if let Some(Memory { pgmap, shared }) = &self.memory {
+        if let Some(Memory { pgmap, shared, .. }) = &self.memory {
             shared.ledger.clear(member, |frames| {
                 pgmap.put_run(frames, |run| self.device.freed(run));
                 count += frames.count;
@@ -188,6 +208,8 @@ impl Entry {
 #[derive(Debug, Default)]
 pub(crate) struct Devices {
     slots: [RwLock<Option<&'static Entry>>; DeviceId::MAX],
+    /// A bit for each device from whose frames pages are mapped.
+    coherent: AtomicU32,
 }
 
 impl Devices {
@@ -213,6 +235,7 @@ impl Devices {
                 let id = DeviceId(u8::try_from(n).expect("fewer than 256 devices"));
                 let entry = arena::value(make(id).map_err(AddError::NoMemory)?).map_err(AddError::NoMemory)?;
                 *place = Some(entry);
+                self.note_kind(entry);
                 return Ok(entry);
             }
         }
@@ -223,7 +246,22 @@ impl Devices {
     pub(crate) fn put(&self, entry: Entry) -> Result<(), Errno> {
         let entry: &'static Entry = arena::value(entry)?;
         *self.slots[entry.id().index()].write().expect("nobody panics with this lock held") = Some(entry);
+        self.note_kind(entry);
         Ok(())
+    }
+
+    fn note_kind(&self, entry: &Entry) {
+        let bit = 1 << entry.id().index();
+        if entry.coherent_range().is_some() {
+            self.coherent.fetch_or(bit, AcqRel);
+        } else {
+            self.coherent.fetch_and(!bit, AcqRel);
+        }
+    }
+
+    /// Whether pages are mapped from the device's frames.
+    pub(crate) fn is_coherent(&self, id: DeviceId) -> bool {
+        self.coherent.load(Acquire) >> id.index() & 1 != 0
     }
 
     pub(crate) fn remove(&self, id: DeviceId) {

@@ -152,7 +152,8 @@ impl<O: Os> Core<O> {
                         self.zap_chunk(chunk);
                     }
                 }
-                Place::Device { device, pfn } => self.free_frame(device, pfn),
+                // A mapped page is the kernel's to drop; the frame's place is empty.
+                Place::Device { device, pfn } | Place::Coherent { device, pfn } => self.free_frame(device, pfn),
             }
             self.stats.add(Counter::PagesDropped, 1);
         }
@@ -194,7 +195,7 @@ impl<O: Os> Core<O> {
                 // A child's reference moves with the page.
                 block_to.fork().fetch_max(block.fork().load(Acquire), AcqRel);
                 dest.put(n, place);
-                if let Place::Device { device, pfn } = place
+                if let Place::Device { device, pfn } | Place::Coherent { device, pfn } = place
                     && let Some(entry) = self.devices.get(device)
                 {
                     entry.set_hint(pfn, target);
@@ -229,7 +230,8 @@ impl<O: Os> Core<O> {
             for i in away.iter() {
                 let place = self.hold_draining(&mut transit, i, reader);
                 let bytes = match place {
-                    Place::Cpu => None,
+                    // The child has them from the kernel.
+                    Place::Cpu | Place::Coherent { .. } => None,
                     Place::Staged { slot, .. } => Some(self.staging.bytes(slot, 1)),
                     Place::Device { device, pfn } => ctx.home.scratch(&self.staging).and_then(|slot| {
                         let host = self.staging.bytes(slot, 1);
@@ -244,7 +246,7 @@ impl<O: Os> Core<O> {
                     Some(bytes) => {
                         let _ = child.copy(page.start(), bytes);
                     }
-                    None if place != Place::Cpu => {
+                    None if !matches!(place, Place::Cpu | Place::Coherent { .. }) => {
                         let _ = child.poison(page);
                     }
                     None => {}

@@ -40,6 +40,8 @@ impl<O: Os> Core<O> {
             return self.zero_alone(ctx, page);
         };
         let i = addr.page_in_block();
+        // Of a coherent device, in a mapping that does not take its pages.
+        let mut unmappable = false;
         for attempt in 0..ATTEMPTS {
             let word = block.word(i);
             if word.locked() {
@@ -59,9 +61,26 @@ impl<O: Os> Core<O> {
                         return self.os.wake(page);
                     }
                 }
+                // Mapped meanwhile.
+                Place::Coherent { .. } => {
+                    self.stats.add(Counter::FaultsStale, 1);
+                    return self.os.wake(page);
+                }
+                Place::Device { .. } if !unmappable && self.is_mappable(block, i) => {
+                    let window = policy::fault_window(block.policy(), i, |n| self.is_mappable(block, n));
+                    let mapped = self.map_frames(ctx, block, &window);
+                    if mapped.done.has(i) {
+                        return self.stats.add(Counter::FaultsMapped, 1);
+                    }
+                    unmappable = mapped.refused.has(i);
+                    if !mapped.again {
+                        continue;
+                    }
+                }
                 Place::Staged { .. } | Place::Device { .. } => {
                     self.throttle(attempt);
-                    let window = policy::fault_window(block.policy(), i, |n| !block.word(n).is_cpu());
+                    let is_away = |n| !block.word(n).is_mapped() && !self.is_mappable(block, n);
+                    let window = policy::fault_window(block.policy(), i, is_away);
                     let left_at = block.history(i).0;
                     let outcome =
                         self.bring_home(ctx, block, &window, |n| if n == i { Why::CpuFault } else { Why::FaultAround });

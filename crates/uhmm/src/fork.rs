@@ -333,7 +333,7 @@ impl<O: Os> Core<O> {
         (0..BLOCK_PAGES)
             .filter(|&i| match block.word(i).place() {
                 Place::Device { device, .. } => !self.is_shared_by_forks(device),
-                Place::Staged { .. } => true,
+                Place::Staged { .. } | Place::Coherent { .. } => true,
                 Place::Cpu | Place::Poisoned { .. } => false,
             })
             .collect()
@@ -453,7 +453,7 @@ impl<O: Os> Core<O> {
                 }
                 Place::Staged { .. } if !here => staged.insert(i),
                 Place::Device { .. } | Place::Poisoned { .. } => block.settle_in_child(i, place),
-                Place::Cpu | Place::Staged { .. } => block.settle_in_child(i, Place::Cpu),
+                Place::Cpu | Place::Staged { .. } | Place::Coherent { .. } => block.settle_in_child(i, Place::Cpu),
             }
         }
         block.recount_in_child();

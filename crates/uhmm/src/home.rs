@@ -43,6 +43,8 @@ pub(crate) struct Outcome {
     pub(crate) poisoned: PageSet,
     /// The device or the kernel failed for now; they stay away.
     pub(crate) failed: PageSet,
+    /// Mapped from a frame, and shared with a forked child or pinned: to be made the process's own, and asked for again.
+    pub(crate) shared: PageSet,
 }
 
 /// How an attempt to put a run home ended.
@@ -111,6 +113,7 @@ impl<O: Os> Core<O> {
         let mut out = Outcome::default();
         let mut transit = Transit::new(block, self);
         let (mut staged, mut on_device, mut visible) = (PageSet::EMPTY, PageSet::EMPTY, PageSet::EMPTY);
+        let mut mapped = PageSet::EMPTY;
         for i in want.iter() {
             if block.word(i).is_cpu() && !block.word(i).locked() {
                 continue;
@@ -132,6 +135,10 @@ impl<O: Os> Core<O> {
                     on_device.insert(i);
                     visible.insert(i);
                 }
+                Ok(Place::Coherent { .. }) => {
+                    mapped.insert(i);
+                    visible.insert(i);
+                }
             }
         }
         if transit.held().is_empty() {
@@ -141,6 +148,13 @@ impl<O: Os> Core<O> {
             .map(|run| self.invalidate(&Invalidation { range: block.run(run), cause: Cause::Migrate, owner: None }));
         if !staged.is_empty() {
             self.staged_home(ctx, &mut transit, staged, &why, &mut out);
+        }
+        if !mapped.is_empty() && !out.again {
+            let unmapped = self.unmap_frames(ctx, &mut transit, &mapped);
+            self.arrived(&mut transit, &unmapped.as_they_are, &why, &mut out);
+            on_device = on_device.or(&unmapped.in_frames);
+            out.shared = unmapped.shared;
+            out.again = !unmapped.again.is_empty();
         }
         if !on_device.is_empty() && !out.again {
             self.device_home(ctx, &mut transit, on_device, &why, &mut out);
@@ -231,6 +245,7 @@ impl<O: Os> Core<O> {
             if done > 0 {
                 self.note_homecoming(block, Run { first: run.first, count: done }, device, first);
                 self.settle_home(transit, Run { first: run.first, count: done }, why, out);
+                self.renew_frames(device, first, done);
                 self.free_frames(device, frame_run(first, done));
                 self.stats.add(Counter::PagesHome, done);
                 if done == BLOCK_PAGES {
@@ -345,10 +360,15 @@ impl<O: Os> Core<O> {
         }
     }
 
-    /// Lets pages go that arrived.
+    /// Lets a run of pages go that arrived.
     fn settle_home(&self, transit: &mut Transit<'_>, run: Run, why: &impl Fn(usize) -> Why, out: &mut Outcome) {
+        self.arrived(transit, &PageSet::span(run.first, run.first + run.count), why, out);
+    }
+
+    /// Lets pages go that arrived.
+    fn arrived(&self, transit: &mut Transit<'_>, pages: &PageSet, why: &impl Fn(usize) -> Why, out: &mut Outcome) {
         let ticks = self.ticks();
-        for i in run.pages() {
+        for i in pages.iter() {
             transit.block().set_history(i, ticks, why(i));
             transit.put(i, Place::Cpu);
             out.home.insert(i);
@@ -385,11 +405,11 @@ fn next_slot_run(transit: &Transit<'_>, rest: &PageSet) -> Option<Run> {
     Some(Run { first: run.first, count })
 }
 
-/// The first run of `rest` whose frames are neighbours on one device.
-fn next_frame_run(transit: &Transit<'_>, rest: &PageSet) -> Option<(Run, DeviceId, DevPfn)> {
+/// The first run of `rest` whose frames are neighbours on one device, mapped or not.
+pub(crate) fn next_frame_run(transit: &Transit<'_>, rest: &PageSet) -> Option<(Run, DeviceId, DevPfn)> {
     let run = rest.runs().next()?;
     let frame_of = |i| match transit.place(i) {
-        Place::Device { device, pfn } => (device, pfn.get()),
+        Place::Device { device, pfn } | Place::Coherent { device, pfn } => (device, pfn.get()),
         place => unreachable!("page {i} of a run on a device is {place:?}"),
     };
     let (device, first) = frame_of(run.first);

@@ -261,13 +261,16 @@ impl<O: Os> Core<O> {
             unshared = unshared.or(&shared);
             want = shared.or(&pass.again);
             if want.is_empty() {
-                return;
+                break;
             }
             if !pass.again.is_empty() {
                 self.settle_events(ctx, attempt);
             }
         }
         outcomes.set(&want, PageOutcome::TimedOut);
+        if plan.to.is_some_and(|to| self.devices.is_coherent(to)) {
+            self.map_migrated(ctx, block, &PageSet::of(piece));
+        }
     }
 
     /// One attempt at `want`.
@@ -291,6 +294,7 @@ impl<O: Os> Core<O> {
         let mut staged = PageSet::EMPTY;
         let mut resident = PageSet::EMPTY;
         let mut elsewhere = PageSet::EMPTY;
+        let mut mapped = PageSet::EMPTY;
         let recently = self.ticks().wrapping_sub(DISCARD_TICKS);
         for i in want.iter() {
             outcomes.0[i] = match transit.try_hold(i) {
@@ -317,13 +321,23 @@ impl<O: Os> Core<O> {
                     elsewhere.insert(i);
                     continue;
                 }
+                Ok(Place::Coherent { device, .. })
+                    if plan.other_devices == OtherDevices::Fetch && plan.to.is_some_and(|to| to != device) =>
+                {
+                    mapped.insert(i);
+                    continue;
+                }
                 Ok(place) => {
                     transit.put_back(i);
                     match place {
                         Place::Staged { exclusive: Some(_), .. } => PageOutcome::ExclusiveElsewhere,
                         Place::Staged { exclusive: None, .. } => PageOutcome::Already,
-                        Place::Device { device, .. } if plan.to.is_none_or(|to| to == device) => PageOutcome::Already,
-                        Place::Device { .. } => PageOutcome::OtherDevice,
+                        Place::Device { device, .. } | Place::Coherent { device, .. }
+                            if plan.to.is_none_or(|to| to == device) =>
+                        {
+                            PageOutcome::Already
+                        }
+                        Place::Device { .. } | Place::Coherent { .. } => PageOutcome::OtherDevice,
                         Place::Poisoned { .. } => PageOutcome::Poisoned,
                         Place::Cpu => unreachable!("handled above"),
                     }
@@ -346,6 +360,15 @@ impl<O: Os> Core<O> {
             outcomes.set(&holes, PageOutcome::Hole);
             return;
         };
+        if !mapped.is_empty() {
+            let unmapped = self.unmap_frames(ctx, &mut transit, &mapped);
+            elsewhere = elsewhere.or(&unmapped.in_frames);
+            pass.shared = pass.shared.or(&unmapped.shared);
+            pass.again = pass.again.or(&unmapped.again).or(&unmapped.as_they_are);
+            for i in mapped.minus(&unmapped.in_frames).iter() {
+                transit.put_back(i);
+            }
+        }
         if !elsewhere.is_empty() {
             let fetched = self.fetch(&mut transit, &elsewhere, outcomes);
             staged = staged.or(&fetched);
@@ -367,14 +390,7 @@ impl<O: Os> Core<O> {
     ///
     /// # Locking
     /// The caller holds no page and is outside the gate.
-    pub(crate) fn push_staged(
-        &'static self,
-        _ctx: &mut Ctx,
-        block: Block,
-        device: DeviceId,
-        want: &PageSet,
-        why: Why,
-    ) -> usize {
+    pub(crate) fn push_staged(&'static self, block: Block, device: DeviceId, want: &PageSet, why: Why) -> usize {
         let Some(_running) = self.begin_out() else { return 0 };
         let Some(entry) = self.devices.get(device) else { return 0 };
         let mut transit = Transit::new(block, self);
@@ -716,6 +732,7 @@ impl<O: Os> Core<O> {
                 Some(chunk) if copied => {
                     self.staging.arrive(chunk, 1, false);
                     transit.set(i, Place::Staged { slot: chunk.slot(i), exclusive: None });
+                    self.renew_frames(device, pfn, 1);
                     self.free_frames(device, frame_run(pfn, 1));
                     fetched.insert(i);
                 }

@@ -17,15 +17,16 @@ use std::{
 use thiserror::Error;
 use uhmm_sys::{
     Errno,
-    addr::{BLOCK_PAGES, PageRange, VirtAddr},
+    addr::{BLOCK_PAGES, PAGE_SHIFT, PageRange, VirtAddr},
     arena,
     maps::{Prot, Vma},
     pagemap::Page,
+    uffd::RegisterMode,
 };
 
 use crate::{
-    block::{Place, Transit},
-    device::{DevPfn, Device, DeviceId, Invalidation},
+    block::{Block, Place, Transit},
+    device::{DevPfn, Device, DeviceId, Invalidation, MemoryKind, MemorySpec},
     device_table::{Access, BLOCK_ORDER, DeviceTable, Pte},
     devices::{Entry, Memory, SharedBooks},
     engine::Core,
@@ -130,6 +131,8 @@ const ERROR: u64 = 1 << 2;
 const ZERO: u64 = 1 << 3;
 const HUGE: u64 = 1 << 4;
 const LOCAL: u64 = 1 << 5;
+const COHERENT: u64 = 1 << 6;
+const DEVICE_SHIFT: u32 = 16;
 const PFN_SHIFT: u32 = 32;
 
 impl PageReport {
@@ -174,6 +177,13 @@ impl PageReport {
     #[must_use]
     pub const fn order(self) -> u32 {
         if self.0 & HUGE != 0 { 9 } else { 0 }
+    }
+
+    /// The coherent device whose memory holds it, if it is mapped there: the CPU and every device reach it by its address.
+    #[must_use]
+    pub fn coherent_device(self) -> Option<DeviceId> {
+        let number = usize::try_from(self.0 >> DEVICE_SHIFT & 0xff).expect("8 bits");
+        if self.0 & COHERENT != 0 { DeviceId::from_index(number) } else { None }
     }
 
     /// The frame of the asking device that holds it, if one does.
@@ -229,10 +239,14 @@ impl<O: Os> Core<O> {
         books: Option<SharedBooks>,
     ) -> Result<Entry, Errno> {
         let spec = device.memory();
+        let range = self.coherent_memory(device, &spec);
+        if let Some(range) = range {
+            self.os.register(range, RegisterMode::WP)?;
+        }
         let memory = match (spec.frames, books) {
             (0, _) => None,
-            (frames, Some(books)) => Some(Memory::new(id, frames, books)),
-            (frames, None) => Some(Memory::new(id, frames, SharedBooks::new(frames)?)),
+            (_, Some(books)) => Some(Memory::new(id, &spec, books, range)),
+            (frames, None) => Some(Memory::new(id, &spec, SharedBooks::new(frames)?, range)),
         };
         let table: &'static DeviceTable = {
             let needed = DeviceTable::storage_needed(TABLE_LEAVES, TABLE_BLOCKS);
@@ -241,7 +255,19 @@ impl<O: Os> Core<O> {
         };
         let sink: &'static TableSink = arena::value(TableSink { device, table, flushing: AtomicU32::new(0) })?;
         let subscription = self.notifiers.insert(crate::ops::whole_space(), sink).map_err(|_| Errno::NOMEM)?;
-        Ok(Entry::new(id, device, memory, self.member, spec.survives_fork, table, subscription))
+        // A forked child has a copy of coherent memory, not the same.
+        let survives_fork = spec.survives_fork && range.is_none();
+        Ok(Entry::new(id, device, memory, self.member, survives_fork, table, subscription))
+    }
+
+    /// Where the device's frames are, if pages can be mapped from there.
+    fn coherent_memory(&self, device: &dyn Device, spec: &MemorySpec) -> Option<PageRange> {
+        if spec.kind != MemoryKind::Coherent || spec.frames == 0 || !self.os.has_move() {
+            return None;
+        }
+        let bytes = device.host_memory()?;
+        let fits = bytes.addr() == bytes.addr().block() && bytes.len() == u64::from(spec.frames) << PAGE_SHIFT;
+        if fits { PageRange::new(bytes.addr(), bytes.len()).ok() } else { None }
     }
 
     pub(crate) fn drop_entry(&self, entry: &'static Entry) {
@@ -294,6 +320,13 @@ impl<O: Os> Core<O> {
                         Some(Pte::frame(pfn, most(writable && !entry.is_shared(pfn))))
                     }
                     Place::Staged { exclusive: Some(d), .. } if d == device => Some(Pte::exclusive(most(writable))),
+                    // Into its frame, where no CPU thread gets in between.
+                    Place::Coherent { device: d, .. } if d == device && access == Access::Atomic => {
+                        self.unmap_for_device(ctx, block, addr.page_in_block());
+                        continue;
+                    }
+                    Place::Coherent { .. } => None,
+                    Place::Device { device: d, .. } if d != device && self.map_for_device(ctx, block, addr) => continue,
                     Place::Device { .. } | Place::Staged { .. } => {
                         // Another's, or shared with a child: home first, page by page, as the kernel does it.
                         let i = addr.page_in_block();
@@ -382,6 +415,19 @@ impl<O: Os> Core<O> {
             && self.blocks.find(addr).is_none_or(|block| block.away() == 0)
     }
 
+    /// Maps the page of `addr`, which is in a frame of another device, if it can be. Returns whether something changed.
+    fn map_for_device(&'static self, ctx: &mut Ctx, block: Block, addr: VirtAddr) -> bool {
+        let i = addr.page_in_block();
+        if !self.is_mappable(block, i) {
+            return false;
+        }
+        let mapped = self.map_frames(ctx, block, &[i].into_iter().collect());
+        if mapped.again {
+            self.settle_events(ctx, 0);
+        }
+        !mapped.refused.has(i)
+    }
+
     /// The VMA of `addr`, if it allows `access`.
     fn check_access(&self, addr: VirtAddr, access: Access) -> Result<Vma, FaultError> {
         let vma = self
@@ -436,16 +482,20 @@ impl<O: Os> Core<O> {
             if let Some(block) = self.blocks.find(at) {
                 // What is on other devices, or shared with a child, comes home; what is on this one stays.
                 let mut foreign = PageSet::EMPTY;
+                // A coherent device's pages are everybody's once they are mapped.
+                let others =
+                    |i: &usize| matches!(block.word(*i).place(), Place::Device { device: d, .. } if d != device);
+                self.map_migrated(ctx, block, &PageSet::of(piece).iter().filter(others).collect());
                 for i in PageSet::of(piece).iter() {
                     match block.word(i).place() {
                         Place::Device { device: d, .. } if d == device => {}
-                        Place::Cpu => {}
+                        Place::Cpu | Place::Coherent { .. } => {}
                         Place::Poisoned { device } => return Err(FaultError::Poisoned { addr: block.page(i), device }),
                         Place::Device { .. } | Place::Staged { .. } => foreign.insert(i),
                     }
                 }
                 self.block_home(ctx, block, &foreign, Why::DeviceFault, &mut |_, _| {});
-                let here: PageSet = PageSet::of(piece).iter().filter(|&i| block.word(i).is_cpu()).collect();
+                let here: PageSet = PageSet::of(piece).iter().filter(|&i| block.word(i).is_mapped()).collect();
                 for run in here.runs() {
                     self.populate(ctx, block.run(run), access)?;
                 }
@@ -470,7 +520,7 @@ impl<O: Os> Core<O> {
             if self.os.serves_kernel_faults() || attempt == POPULATE_ATTEMPTS {
                 return populated;
             }
-            if PageSet::of(range).iter().any(|i| !block.word(i).is_cpu()) {
+            if PageSet::of(range).iter().any(|i| !block.word(i).is_mapped()) {
                 // Gone meanwhile: the caller looks again.
                 return Err(Errno::AGAIN);
             }
@@ -549,15 +599,22 @@ impl<O: Os> Core<O> {
             }
             Place::Device { .. } | Place::Staged { .. } => PageReport::NONE,
             Place::Poisoned { .. } => PageReport::IMPOSSIBLE,
-            Place::Cpu if !flags.contains(Page::PRESENT) => PageReport::NONE,
-            Place::Cpu => {
+            Place::Cpu | Place::Coherent { .. } if !flags.contains(Page::PRESENT) => PageReport::NONE,
+            Place::Cpu | Place::Coherent { .. } => {
                 let zero = if flags.contains(Page::ZERO) { ZERO } else { 0 };
                 let huge =
                     if flags.contains(Page::HUGE) || vma.page_size > uhmm_sys::addr::PAGE_SIZE { HUGE } else { 0 };
                 // Whether one page's entry is writable does not show from here; after a write fault it is. When in
                 // doubt: not, and the device asks for a write fault.
                 let write = if asked.is_some_and(|a| a > Access::Read) && writable { WRITE } else { 0 };
-                PageReport(VALID | zero | huge | write)
+                let on_device = match place {
+                    Place::Coherent { device, pfn } => {
+                        let local = if device == entry.id() { LOCAL } else { 0 };
+                        COHERENT | local | (device.index() as u64) << DEVICE_SHIFT | u64::from(pfn.get()) << PFN_SHIFT
+                    }
+                    _ => 0,
+                };
+                PageReport(VALID | zero | huge | write | on_device)
             }
         }
     }

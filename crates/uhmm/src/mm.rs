@@ -189,8 +189,10 @@ pub enum Location {
     Staged,
     /// As [`Location::Staged`], for a device's exclusive access.
     Exclusive(DeviceId),
-    /// In a frame of a device.
+    /// In a frame of a device, out of the CPU's reach.
     Device(DeviceId, DevPfn),
+    /// In a frame of a device, and mapped there for the CPU.
+    Coherent(DeviceId, DevPfn),
     /// Lost with a device.
     Poisoned(DeviceId),
 }
@@ -364,6 +366,7 @@ impl Mm {
             Place::Staged { exclusive: None, .. } => Location::Staged,
             Place::Staged { exclusive: Some(device), .. } => Location::Exclusive(device),
             Place::Device { device, pfn } => Location::Device(device, pfn),
+            Place::Coherent { device, pfn } => Location::Coherent(device, pfn),
             Place::Poisoned { device } => Location::Poisoned(device),
         };
         let (since, why) = block.history(i);
@@ -371,7 +374,7 @@ impl Mm {
         Residency { at, for_ms, why }
     }
 
-    /// Pages that are away, in the whole address space.
+    /// Pages that are away, in the whole address space; those that the CPU reaches on a device are among them.
     #[must_use]
     pub fn pages_away(&self) -> usize {
         self.core.count_away(crate::ops::whole_space())

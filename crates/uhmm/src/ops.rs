@@ -176,9 +176,13 @@ impl<O: Os> Core<O> {
                 }
             }
             rest = self.away(block).and(&rest);
+            // Of a coherent device, and a forked child has them too.
+            for run in out.shared.runs() {
+                let _ = self.os.populate_write(block.run(run));
+            }
             if out.again {
                 self.settle_events(ctx, attempt);
-            } else if !out.busy.is_empty() || !out.failed.is_empty() {
+            } else if !out.shared.is_empty() || !out.busy.is_empty() || !out.failed.is_empty() {
                 std::thread::sleep(Duration::from_micros(50));
             }
         }
@@ -243,7 +247,10 @@ impl<O: Os> Core<O> {
             at = pfn.add(1);
             if let Some(page) = pgmap.hint(pfn)
                 && let Some(block) = self.blocks.find(page)
-                && matches!(block.word(page.page_in_block()).place(), Place::Device { device: d, pfn: p } if d == device && p == pfn)
+                && matches!(
+                    block.word(page.page_in_block()).place(),
+                    Place::Device { device: d, pfn: p } | Place::Coherent { device: d, pfn: p } if d == device && p == pfn
+                )
             {
                 self.evict_block(ctx, block, device, why, &mut stuck);
             }
@@ -277,7 +284,7 @@ impl<O: Os> Core<O> {
     fn pages_on(&self, block: Block, device: DeviceId) -> PageSet {
         (0..BLOCK_PAGES)
             .filter(|&i| match block.word(i).place() {
-                Place::Device { device: d, .. } => d == device,
+                Place::Device { device: d, .. } | Place::Coherent { device: d, .. } => d == device,
                 Place::Staged { exclusive, .. } => exclusive == Some(device),
                 Place::Cpu | Place::Poisoned { .. } => false,
             })
@@ -358,6 +365,10 @@ impl<O: Os> Core<O> {
     fn take_out_device(&'static self, entry: &'static Entry) {
         drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Release, owner: None }));
         self.drop_entry(entry);
+        if let Some(range) = entry.coherent_range() {
+            // First the registration, so that dropping the pages raises no event.
+            let _ = self.os.unregister(range).and_then(|()| self.os.zap(range));
+        }
         let _reader = self.lock_reader();
         self.devices.remove(entry.id());
     }

@@ -3,8 +3,9 @@
 //! What is cold is found out by trying: a clock hand goes round the program's memory and sets pages aside in staging,
 //! where they cost no copy. A page that is touched there comes back for the price of a fault and a `MOVE`, and is *warm*
 //! from then on: the hand passes it by some times before it is tried again. One that is not touched until it reaches the
-//! end of the queue is written to a device, and is not warm when it comes back. So what is used again and again stays, what
-//! is used once goes first, without sampling and without access bits.
+//! end of the queue is written to a device, and is not warm when it comes back. Not to a coherent device, whose memory is
+//! RAM of the process. So what is used again and again stays, what is used once goes first, without sampling and without
+//! access bits.
 //!
 //! ```text
 //!   program --(clock hand)--> staging, first in ... first out --(still untouched, room needed)--> device
@@ -167,7 +168,7 @@ impl<O: Os> Core<O> {
                 break;
             }
             state.queue.pop();
-            let out = self.write_out(ctx, at, since);
+            let out = self.write_out(at, since);
             worked |= out != 0;
             need = need.saturating_sub(out);
         }
@@ -209,7 +210,8 @@ impl<O: Os> Core<O> {
     fn roomy_device(&self, pages: usize) -> Option<DeviceId> {
         let mut found = None;
         self.devices.for_each(|entry| {
-            let room = entry.is_live() && entry.pgmap().is_some_and(|map| map.free() as usize >= pages);
+            let room =
+                entry.is_live() && !entry.is_in_ram() && entry.pgmap().is_some_and(|map| map.free() as usize >= pages);
             if found.is_none() && room {
                 found = Some(entry.id());
             }
@@ -247,7 +249,7 @@ impl<O: Os> Core<O> {
     }
 
     /// Writes the pages of a block out that have stood in staging since `since` or longer. Returns how many went.
-    fn write_out(&'static self, ctx: &mut Ctx, at: VirtAddr, since: u32) -> u64 {
+    fn write_out(&'static self, at: VirtAddr, since: u32) -> u64 {
         let Some(block) = self.blocks.find(at) else { return 0 };
         let mut out = 0;
         for device in (0..u8::try_from(DeviceId::MAX).expect("few")).map(DeviceId) {
@@ -255,10 +257,10 @@ impl<O: Os> Core<O> {
             if rest.is_empty() {
                 break;
             }
-            if self.devices.get(device).is_none_or(|e| !e.is_live() || e.pgmap().is_none()) {
+            if self.devices.get(device).is_none_or(|e| !e.is_live() || e.is_in_ram() || e.pgmap().is_none()) {
                 continue;
             }
-            out += self.push_staged(ctx, block, device, &rest, Why::Cold) as u64;
+            out += self.push_staged(block, device, &rest, Why::Cold) as u64;
         }
         out
     }

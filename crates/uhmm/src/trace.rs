@@ -168,6 +168,10 @@ counters! {
     Processes = "processes",
     /// Pages whose bytes were lost with a device.
     PagesPoisoned = "pages_poisoned",
+    /// Pages of coherent device memory that were mapped for the CPU.
+    PagesMapped = "pages_mapped",
+    /// CPU faults on pages of coherent device memory that were not mapped.
+    FaultsMapped = "faults_mapped",
 }
 
 /// Buckets of a latency histogram: eight to each power of two, from 1 ns to about 18 minutes.

@@ -354,11 +354,13 @@ impl Race<'_> {
                 }
                 8 => drop(mirror.snapshot(range).expect("a snapshot never fails")),
                 _ => {
-                    let access = [Access::Read, Access::Write][random.below(2)];
+                    let access = [Access::Read, Access::Write, Access::Atomic][random.below(3)];
                     let policy = [DeviceFaultPolicy::Map, DeviceFaultPolicy::Migrate][random.below(2)];
                     match mirror.port().expect("it is registered").fault(range.start(), access, policy) {
                         Ok(_) | Err(FaultError::NoVma { .. } | FaultError::Denied { .. }) => {}
-                        Err(FaultError::TimedOut { .. } | FaultError::Kernel { .. }) => {}
+                        Err(
+                            FaultError::TimedOut { .. } | FaultError::Kernel { .. } | FaultError::NotExclusive { .. },
+                        ) => {}
                         Err(error) => panic!("{error}"),
                     }
                 }
@@ -379,20 +381,28 @@ fn race(mm: Mm, mirrors: Vec<Mirror<Plain>>, rules: Rules) {
         moved: AtomicU64::new(0),
     };
     race.run();
-    drop(mirrors);
+    finish(mm, mirrors);
+}
+
+/// Ends the use of everything. A device from whose frames one was lost, or freed too often, cannot go.
+fn finish(mm: Mm, mirrors: Vec<Mirror<Plain>>) {
+    for mirror in mirrors {
+        mirror.close().expect("all frames are free once everything is home");
+    }
     mm.close().unwrap();
 }
 
-fn two_devices(mm: &Mm) -> Vec<Mirror<Plain>> {
-    // The second is often full.
-    [64 << 20, 6 << 20].map(|bytes| mm.register(Plain::new(bytes)).expect("room for a device")).into()
+/// Two devices, the second of which is often full, and one whose memory the CPU can address.
+fn devices(mm: &Mm) -> Vec<Mirror<Plain>> {
+    let devices = [Plain::new(64 << 20), Plain::new(6 << 20), Plain::coherent(16 << 20)];
+    devices.map(|device| mm.register(device).expect("room for a device")).into()
 }
 
 #[test]
 fn everything_at_once() {
     isolated!(|| {
         let mm = open()?;
-        let mirrors = two_devices(&mm);
+        let mirrors = devices(&mm);
         let rules = Rules { system_calls: mm.serves_kernel_faults(), ..Rules::new() };
         race(mm, mirrors, rules);
         Ok(())
@@ -403,7 +413,7 @@ fn everything_at_once() {
 fn everything_at_once_with_more_threads_than_processors() {
     isolated!(|| {
         let mm = open()?;
-        let mirrors = two_devices(&mm);
+        let mirrors = devices(&mm);
         let system_calls = mm.serves_kernel_faults();
         // Here threads map what others have just unmapped.
         let rules = Rules { owners: 6, movers: 3, system_calls, protects: false, ..Rules::new() };
@@ -416,7 +426,7 @@ fn everything_at_once_with_more_threads_than_processors() {
 fn everything_at_once_with_forks() {
     isolated!(|| {
         let mm = open()?;
-        let mirrors = two_devices(&mm);
+        let mirrors = devices(&mm);
         race(mm, mirrors, Rules { forks: 60, ..Rules::new() });
         Ok(())
     });
@@ -429,7 +439,7 @@ fn everything_at_once_with_bare_forks() {
         if !has_fork_events() {
             return Err(Skip("forks by a bare system call raise no event here (CAP_SYS_PTRACE)".to_owned()));
         }
-        let mirrors = two_devices(&mm);
+        let mirrors = devices(&mm);
         race(mm, mirrors, Rules { forks: 60, bare_forks: true, ..Rules::new() });
         Ok(())
     });
@@ -439,7 +449,7 @@ fn everything_at_once_with_bare_forks() {
 fn everything_at_once_under_stress_and_a_limit_on_ram() {
     isolated!(|| {
         let mm = open()?;
-        let mirrors = two_devices(&mm);
+        let mirrors = devices(&mm);
         let rules = Rules { owners: 3, movers: 1, system_calls: mm.serves_kernel_faults(), ..Rules::new() };
         if !mm.serves_kernel_faults() {
             // A policy moves whatever there is, the program's stacks too.
@@ -457,7 +467,7 @@ fn everything_at_once_with_hidden_threads() {
     isolated!(|| {
         let setup = Setup { threads: Threads::Hidden, ..Setup::default() };
         let mm = Mm::open_with(setup).map_err(|error| Skip(error.to_string()))?;
-        let mirrors = two_devices(&mm);
+        let mirrors = devices(&mm);
         let rules = Rules { forks: 100, system_calls: mm.serves_kernel_faults(), ..Rules::new() };
         race(mm, mirrors, rules);
         Ok(())
@@ -469,7 +479,7 @@ fn one_page_is_everybodys() {
     isolated!(|| {
         // Threads count in the words of one page, which moves, is shared and taken; no count is lost.
         let mm = open()?;
-        let mirrors = two_devices(&mm);
+        let mirrors = devices(&mm);
         let rules = Rules::new();
         let area = Area::filled(Shape::Small, 1, 0);
         let page = area.page(200);
@@ -495,7 +505,7 @@ fn one_page_is_everybodys() {
             let start = Instant::now();
             let one = PageRange::new(virt(page), PAGE as u64).unwrap();
             while start.elapsed() < Duration::from_secs(rules.seconds) {
-                let mirror = &mirrors[random.below(2)];
+                let mirror = &mirrors[random.below(mirrors.len())];
                 match random.below(6) {
                     0..=2 => drop(mirror.migrate(one, &MigrateOptions::default())),
                     3 => drop(mirror.migrate(area.range(), &MigrateOptions::default())),
@@ -506,8 +516,7 @@ fn one_page_is_everybodys() {
             stop.store(true, Relaxed);
         });
         assert_eq!(word(0).load(Relaxed) + word(1).load(Relaxed), counted.load(Relaxed));
-        drop(mirrors);
-        mm.close().unwrap();
+        finish(mm, mirrors);
         Ok(())
     });
 }
@@ -522,7 +531,7 @@ fn mappings_move_to_where_others_were_a_moment_ago() {
             ));
         }
         let mm = open()?;
-        let (mirrors, rules) = (two_devices(&mm), Rules::new());
+        let (mirrors, rules) = (devices(&mm), Rules::new());
         let moved = AtomicU64::new(0);
         std::thread::scope(|s| {
             for thread in 0..6 {
@@ -556,8 +565,7 @@ fn mappings_move_to_where_others_were_a_moment_ago() {
         let moved = moved.into_inner();
         println!("{moved} mappings moved");
         assert!(moved > 100, "{moved} mappings moved");
-        drop(mirrors);
-        mm.close().unwrap();
+        finish(mm, mirrors);
         Ok(())
     });
 }

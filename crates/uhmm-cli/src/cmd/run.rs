@@ -28,7 +28,7 @@ use uhmm::{
 use uhmm_devices::soft::{SoftConfig, SoftDevice};
 use uhmm_sys::{
     addr::BLOCK_SIZE,
-    limits,
+    arena, limits,
     probe::{self, Cap, Status},
 };
 
@@ -42,7 +42,8 @@ use self::summary::Form;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// A device for each process: `soft:SIZE`, with memory in RAM, or in a file without name in DIR. Without this: one with
-    /// as much RAM as the machine has. May be repeated.
+    /// as much RAM as the machine has. May be repeated. The CPU reaches what is on a coherent one without a fault; it is
+    /// RAM of the process, so --resident does not use it.
     #[arg(long = "device", value_name = "soft:SIZE[,file=DIR][,coherent]")]
     devices: Vec<String>,
     /// Keep about as much anonymous memory in RAM (`512M`, say), in each process; move what is cold to the devices.
@@ -154,6 +155,10 @@ fn read_orders(args: &Args) -> Result<Orders> {
         None => None,
         Some(text) => Some(parse_size(text).with_context(|| format!("--resident {text}"))?),
     };
+    ensure!(
+        resident.is_none() || devices.iter().any(|spec| spec.kind == MemoryKind::Private),
+        "--resident needs a device that is not coherent: what is on one that is stays in the process's RAM"
+    );
     let stress = match args.stress.as_deref() {
         None => None,
         Some("") => Some(any_seed()),
@@ -204,6 +209,7 @@ fn check_machine(orders: &Orders) -> Result<()> {
 
 /// Makes the device once, here, where a failure can still stop the program.
 fn check_device(spec: &DeviceSpec) -> Result<()> {
+    arena::init(session::ARENA_BYTES).context("no address space for the engine")?;
     let config = match &spec.dir {
         None => SoftConfig::ram("check", spec.bytes),
         Some(dir) => SoftConfig::file("check", dir, spec.bytes),

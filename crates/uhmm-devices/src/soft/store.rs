@@ -1,6 +1,8 @@
-//! Device memory: a memory file or a file on a disk, addressed by the byte offset of a frame.
+//! Device memory: a memory file, a file on a disk, or memory of the process for a coherent device; addressed by the byte
+//! offset of a frame.
 //!
-//! Both are sparse, and what is freed goes back in chunks of 2 MiB. A chunk's word counts its frames in use:
+//! The files are sparse, and what is freed goes back in chunks of 2 MiB. Coherent memory stays once it was used: the
+//! engine moves pages out of it and back. A chunk's word counts its frames in use:
 //!
 //! ```text
 //!              take                      give the last, few chunks idle
@@ -39,10 +41,11 @@ use std::{
 
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use thiserror::Error;
-use uhmm::device::{CopyOp, DevPfn, DeviceError, FrameRun};
+use uhmm::device::{CopyOp, DevPfn, DeviceError, FrameRun, MemoryKind};
 use uhmm_sys::{
     Errno,
     addr::{BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE},
+    arena,
     files::EngineFile,
     mem::{AtomicOp, HostBytes, Mapping, shared_slice},
 };
@@ -115,6 +118,12 @@ pub enum SoftError {
         /// What the kernel answered.
         errno: Errno,
     },
+    /// A CPU cannot address a file's bytes.
+    #[error("device memory in {}: a file cannot be coherent", dir.display())]
+    CoherentFile {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// Memory could not be had.
     #[error("device memory: {0}")]
     Memory(Errno),
@@ -124,6 +133,8 @@ pub enum SoftError {
 enum Backing {
     Ram(Mapping),
     File(EngineFile),
+    /// Coherent: the engine moves its pages.
+    Process(HostBytes),
 }
 
 /// The memory of one device. See the module's documentation.
@@ -142,13 +153,20 @@ pub(super) struct Store {
 
 impl Store {
     /// Sets the memory up.
-    pub(super) fn new(name: &str, memory: &Memory) -> Result<Self, SoftError> {
+    pub(super) fn new(name: &str, memory: &Memory, kind: MemoryKind) -> Result<Self, SoftError> {
         let (Memory::Ram { bytes } | Memory::File { bytes, .. }) = *memory;
         if bytes == 0 || !bytes.is_multiple_of(BLOCK_SIZE) {
             return Err(SoftError::Size { bytes });
         }
         let frames = u32::try_from(bytes >> PAGE_SHIFT).map_err(|_| SoftError::TooLarge { bytes })?;
         let backing = match memory {
+            Memory::Ram { .. } if kind == MemoryKind::Coherent => {
+                let pages = arena::pages(bytes, BLOCK_SIZE).map_err(SoftError::Memory)?;
+                Backing::Process(HostBytes::in_arena(pages.start(), bytes).expect("pages that the arena handed out"))
+            }
+            Memory::File { dir, .. } if kind == MemoryKind::Coherent => {
+                return Err(SoftError::CoherentFile { dir: dir.clone() });
+            }
             Memory::Ram { .. } => {
                 let mapping = Mapping::memfd(name, bytes).map_err(SoftError::Memory)?;
                 mapping.advise_huge();
@@ -185,10 +203,11 @@ impl Store {
 
     /// Makes frames zero; they are in use from now on.
     pub(super) fn zero(&self, frames: FrameRun) -> Result<(), DeviceError> {
-        if self.take(frames)? == Fresh::Yes {
-            return Ok(());
-        }
+        let fresh = self.take(frames)? == Fresh::Yes;
         match &self.backing {
+            // What is to be moved must be there.
+            Backing::Process(bytes) => bytes.slice(frames.offset(), frames.bytes()).fill_zero(),
+            _ if fresh => {}
             Backing::Ram(mapping) => mapping.zero(frames.offset(), frames.bytes()),
             Backing::File(fd) => {
                 if punch(fd, frames.offset(), frames.bytes()).is_err() {
@@ -234,6 +253,7 @@ impl Store {
                     let offset = DevPfn::new(chunk * CHUNK_FRAMES).offset();
                     let punched = match &self.backing {
                         Backing::Ram(mapping) => mapping.punch(offset, BLOCK_SIZE),
+                        Backing::Process(_) => Err(Errno::OPNOTSUPP),
                         Backing::File(fd) => punch(fd, offset, BLOCK_SIZE),
                     };
                     if punched.is_ok() {
@@ -310,6 +330,7 @@ impl Store {
     fn write_run(&self, off: u64, host: HostBytes) -> Result<(), DeviceError> {
         match &self.backing {
             Backing::Ram(mapping) => host.copy_to(mapping, off),
+            Backing::Process(bytes) => HostBytes::copy_between(host, bytes.slice(off, host.len())),
             Backing::File(fd) => {
                 let mut buf = [0; FILE_CHUNK];
                 for (at, len) in file_parts(host.len()) {
@@ -324,6 +345,7 @@ impl Store {
     fn read_run(&self, off: u64, host: HostBytes) -> Result<(), DeviceError> {
         match &self.backing {
             Backing::Ram(mapping) => host.copy_from(mapping, off),
+            Backing::Process(bytes) => HostBytes::copy_between(bytes.slice(off, host.len()), host),
             Backing::File(fd) => {
                 let mut buf = [0; FILE_CHUNK];
                 for (at, len) in file_parts(host.len()) {
@@ -338,8 +360,16 @@ impl Store {
     /// The file, if there is one.
     pub(super) const fn file(&self) -> Option<&EngineFile> {
         match &self.backing {
-            Backing::Ram(_) => None,
+            Backing::Ram(_) | Backing::Process(_) => None,
             Backing::File(file) => Some(file),
+        }
+    }
+
+    /// The memory, if it is the process's own.
+    pub(super) const fn host_memory(&self) -> Option<HostBytes> {
+        match &self.backing {
+            Backing::Process(bytes) => Some(*bytes),
+            Backing::Ram(_) | Backing::File(_) => None,
         }
     }
 
@@ -349,6 +379,7 @@ impl Store {
     pub(super) fn read(&self, off: u64, host: HostBytes) -> Result<(), DeviceError> {
         match &self.backing {
             Backing::Ram(mapping) => host.copy_from(mapping, off),
+            Backing::Process(bytes) => HostBytes::copy_between(bytes.slice(off, host.len()), host),
             Backing::File(fd) => {
                 let _held = self.stripe(off);
                 file_to_host(fd, off, host)?;
@@ -361,6 +392,7 @@ impl Store {
     pub(super) fn write(&self, off: u64, host: HostBytes) -> Result<(), DeviceError> {
         match &self.backing {
             Backing::Ram(mapping) => host.copy_to(mapping, off),
+            Backing::Process(bytes) => HostBytes::copy_between(host, bytes.slice(off, host.len())),
             Backing::File(fd) => {
                 let _held = self.stripe(off);
                 host_to_file(fd, off, host)?;
@@ -397,6 +429,7 @@ macro_rules! numbers {
             pub(super) fn $load(&self, off: u64, scratch: HostBytes) -> Result<$n, DeviceError> {
                 match &self.backing {
                     Backing::Ram(mapping) => Ok(mapping.$load(off)),
+                    Backing::Process(bytes) => Ok(bytes.$load(off)),
                     Backing::File(_) => {
                         self.read(off, scratch.slice(0, size_of::<$n>() as u64))?;
                         Ok(scratch.$load(0))
@@ -410,6 +443,10 @@ macro_rules! numbers {
                         mapping.$store(off, n);
                         Ok(())
                     }
+                    Backing::Process(bytes) => {
+                        bytes.$store(off, n);
+                        Ok(())
+                    }
                     Backing::File(_) => {
                         scratch.$store(0, n);
                         self.write(off, scratch.slice(0, size_of::<$n>() as u64))
@@ -420,6 +457,7 @@ macro_rules! numbers {
             pub(super) fn $rmw(&self, off: u64, scratch: HostBytes, op: AtomicOp, n: $n) -> Result<$n, DeviceError> {
                 match &self.backing {
                     Backing::Ram(mapping) => Ok(mapping.$rmw(off, op, n)),
+                    Backing::Process(bytes) => Ok(bytes.$rmw(off, op, n)),
                     Backing::File(fd) => {
                         let scratch = scratch.slice(0, size_of::<$n>() as u64);
                         self.file_rmw(fd, off, scratch, |scratch| scratch.$rmw(0, op, n))
@@ -436,6 +474,7 @@ macro_rules! numbers {
             ) -> Result<Result<$n, $n>, DeviceError> {
                 match &self.backing {
                     Backing::Ram(mapping) => Ok(mapping.$cas(off, expected, new)),
+                    Backing::Process(bytes) => Ok(bytes.$cas(off, expected, new)),
                     Backing::File(fd) => {
                         let scratch = scratch.slice(0, size_of::<$n>() as u64);
                         self.file_rmw(fd, off, scratch, |scratch| scratch.$cas(0, expected, new))
@@ -569,8 +608,6 @@ fn open_and_unlink(dir: &Path, flags: OFlags, mode: Mode) -> Result<OwnedFd, Err
 
 #[cfg(test)]
 mod tests {
-    use uhmm_sys::arena;
-
     use super::*;
 
     const MIB: u64 = 1 << 20;
@@ -586,7 +623,11 @@ mod tests {
 
     fn stores(bytes: u64) -> [Store; 2] {
         let file = Memory::File { dir: std::env::temp_dir(), bytes };
-        [Memory::Ram { bytes }, file].map(|memory| Store::new("test", &memory).expect("memory"))
+        [Memory::Ram { bytes }, file].map(|memory| Store::new("test", &memory, MemoryKind::Private).expect("memory"))
+    }
+
+    fn coherent(bytes: u64) -> Store {
+        Store::new("test", &Memory::Ram { bytes }, MemoryKind::Coherent).expect("memory")
     }
 
     /// Bytes that the kernel keeps for the store.
@@ -594,6 +635,7 @@ mod tests {
         let stat = match &store.backing {
             Backing::Ram(mapping) => rustix::fs::fstat(mapping),
             Backing::File(fd) => rustix::fs::fstat(fd),
+            Backing::Process(_) => unreachable!("its memory stays"),
         };
         u64::try_from(stat.expect("fstat").st_blocks).expect("not negative") * 512
     }
@@ -606,7 +648,7 @@ mod tests {
 
     #[test]
     fn what_was_copied_in_comes_out() {
-        for store in stores(4 * MIB) {
+        for store in stores(4 * MIB).into_iter().chain([coherent(4 * MIB)]) {
             // Odd sizes, across the border of the chunks.
             let (from, to) = (host(13 * PAGE_SIZE), host(13 * PAGE_SIZE));
             for n in 0..13 * PAGE_SIZE / 8 {
@@ -667,7 +709,7 @@ mod tests {
     #[test]
     fn punching_never_takes_bytes_of_a_neighbour() {
         // Every freed chunk is punched at once, while other threads use other frames of the same chunks.
-        let store = &Store::new("test", &Memory::Ram { bytes: 4 * MIB }).expect("memory");
+        let store = &Store::new("test", &Memory::Ram { bytes: 4 * MIB }, MemoryKind::Private).expect("memory");
         store.idle.store(IDLE_CHUNKS_KEPT, Relaxed);
         std::thread::scope(|s| {
             for thread in 0..3u32 {
@@ -689,7 +731,7 @@ mod tests {
 
     #[test]
     fn numbers_change_atomically_whatever_is_behind_them() {
-        for store in &stores(2 * MIB) {
+        for store in stores(2 * MIB).iter().chain(&[coherent(2 * MIB)]) {
             store.zero(run(0, 1)).expect("room");
             std::thread::scope(|s| {
                 for _ in 0..3 {
@@ -715,18 +757,29 @@ mod tests {
 
     #[test]
     fn bad_sizes_and_small_disks_are_refused() {
+        let (dir, bytes) = (std::env::temp_dir(), 2 * MIB);
+        let file = Memory::File { dir: dir.clone(), bytes };
+        let error = Store::new("test", &file, MemoryKind::Coherent).map(drop);
+        assert_eq!(error, Err(SoftError::CoherentFile { dir }));
         for bytes in [0, PAGE_SIZE, 3 * MIB] {
-            assert_eq!(Store::new("test", &Memory::Ram { bytes }).map(drop), Err(SoftError::Size { bytes }));
+            assert_eq!(
+                Store::new("test", &Memory::Ram { bytes }, MemoryKind::Private).map(drop),
+                Err(SoftError::Size { bytes })
+            );
         }
         let bytes = 1 << 45;
-        assert_eq!(Store::new("test", &Memory::Ram { bytes }).map(drop), Err(SoftError::TooLarge { bytes }));
+        assert_eq!(
+            Store::new("test", &Memory::Ram { bytes }, MemoryKind::Private).map(drop),
+            Err(SoftError::TooLarge { bytes })
+        );
         let (dir, bytes) = (std::env::temp_dir(), 8 << 40);
-        match Store::new("test", &Memory::File { dir: dir.clone(), bytes }) {
+        match Store::new("test", &Memory::File { dir: dir.clone(), bytes }, MemoryKind::Private) {
             Err(SoftError::DiskTooSmall { bytes: asked, free, .. }) => assert!(asked == bytes && free < bytes),
             other => panic!("{other:?}"),
         }
         let dir = dir.join("no such directory");
-        let error = Store::new("test", &Memory::File { dir: dir.clone(), bytes: BLOCK_SIZE }).map(drop);
+        let error =
+            Store::new("test", &Memory::File { dir: dir.clone(), bytes: BLOCK_SIZE }, MemoryKind::Private).map(drop);
         assert_eq!(error, Err(SoftError::File { dir, errno: Errno::NOENT }));
     }
 }

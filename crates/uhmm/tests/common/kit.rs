@@ -103,7 +103,7 @@ pub fn send<D: Device>(mirror: &Mirror<D>, area: &Area) {
         busy == 0
             && (0..area.pages).all(|n| {
                 let at = mirror.mm().residency(virt(area.page(n))).at;
-                matches!(at, Location::Device(id, _) if id == mirror.id())
+                matches!(at, Location::Device(id, _) | Location::Coherent(id, _) if id == mirror.id())
             })
     });
 }

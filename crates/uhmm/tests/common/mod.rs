@@ -13,19 +13,39 @@ use std::ptr;
 use uhmm::{
     Mirror, Mm,
     addr::{PAGE_SIZE, PageRange, VirtAddr},
-    device::{CopyOp, Device, DeviceError, FrameRun, Invalidation, MemoryKind, MemorySpec},
+    device::{CopyOp, DevPfn, Device, DeviceError, FrameRun, Invalidation, MemoryKind, MemorySpec},
 };
-use uhmm_sys::mem::Mapping;
+use uhmm_sys::{
+    arena,
+    mem::{HostBytes, Mapping},
+};
 
-/// Frames in shared memory, and nothing else.
+/// Frames in shared memory or, coherent, in memory of the process; and nothing else.
 pub struct Plain {
-    memory: Mapping,
+    memory: Frames,
     survives_fork: bool,
+}
+
+enum Frames {
+    Shared(Mapping),
+    Coherent(HostBytes),
 }
 
 impl Plain {
     pub fn new(bytes: u64) -> Self {
-        Self { memory: Mapping::memfd("plain", bytes).unwrap(), survives_fork: false }
+        Self { memory: Frames::Shared(Mapping::memfd("plain", bytes).unwrap()), survives_fork: false }
+    }
+
+    /// One whose memory the CPU can address.
+    pub fn coherent(bytes: u64) -> Self {
+        let pages = arena::pages(bytes, 2 << 20).unwrap();
+        Self { memory: Frames::Coherent(HostBytes::in_arena(pages.start(), bytes).unwrap()), survives_fork: false }
+    }
+
+    /// The place of a frame of coherent memory.
+    pub fn frame(&self, pfn: DevPfn) -> HostBytes {
+        let Frames::Coherent(bytes) = &self.memory else { panic!("not coherent") };
+        bytes.slice(pfn.offset(), PAGE_SIZE)
     }
 
     /// One whose frames a forked child shares.
@@ -40,25 +60,49 @@ impl Device for Plain {
     }
 
     fn memory(&self) -> MemorySpec {
-        MemorySpec {
-            frames: u32::try_from(self.memory.len() / PAGE_SIZE).unwrap(),
-            kind: MemoryKind::Private,
-            survives_fork: self.survives_fork,
+        let (bytes, kind) = match &self.memory {
+            Frames::Shared(memory) => (memory.len(), MemoryKind::Private),
+            Frames::Coherent(memory) => (memory.len(), MemoryKind::Coherent),
+        };
+        MemorySpec { frames: u32::try_from(bytes / PAGE_SIZE).unwrap(), kind, survives_fork: self.survives_fork }
+    }
+
+    fn host_memory(&self) -> Option<HostBytes> {
+        match &self.memory {
+            Frames::Shared(_) => None,
+            Frames::Coherent(memory) => Some(*memory),
         }
     }
 
     fn copy_to_device(&self, ops: &[CopyOp]) -> Result<(), DeviceError> {
-        ops.iter().for_each(|op| op.host.copy_to(&self.memory, op.frames.offset()));
+        for op in ops {
+            match &self.memory {
+                Frames::Shared(memory) => op.host.copy_to(memory, op.frames.offset()),
+                Frames::Coherent(memory) => {
+                    HostBytes::copy_between(op.host, memory.slice(op.frames.offset(), op.frames.bytes()));
+                }
+            }
+        }
         Ok(())
     }
 
     fn copy_to_host(&self, ops: &[CopyOp]) -> Result<(), DeviceError> {
-        ops.iter().for_each(|op| op.host.copy_from(&self.memory, op.frames.offset()));
+        for op in ops {
+            match &self.memory {
+                Frames::Shared(memory) => op.host.copy_from(memory, op.frames.offset()),
+                Frames::Coherent(memory) => {
+                    HostBytes::copy_between(memory.slice(op.frames.offset(), op.frames.bytes()), op.host);
+                }
+            }
+        }
         Ok(())
     }
 
     fn zero(&self, frames: FrameRun) -> Result<(), DeviceError> {
-        self.memory.zero(frames.offset(), frames.bytes());
+        match &self.memory {
+            Frames::Shared(memory) => memory.zero(frames.offset(), frames.bytes()),
+            Frames::Coherent(memory) => memory.slice(frames.offset(), frames.bytes()).fill_zero(),
+        }
         Ok(())
     }
 
