@@ -16,7 +16,8 @@
 //! a reference, a run of one allocation's at most, and never is one put twice.
 //!
 //! # Not supported
-//! A child that is killed before its engine runs, when its parent is dead too, stays unborn, and its frames in use.
+//! A child that is killed before its engine runs, in its first milliseconds, stays unborn, and its frames stay in use until
+//! the family has ended: nothing tells that it is not merely slow.
 
 use std::sync::atomic::{
     AtomicU32, AtomicU64,

@@ -203,11 +203,13 @@ fn frames_of_a_child_that_has_ended_come_back() {
         for end in [End::Exit, End::Killed, End::Exec] {
             let sent = mirror.migrate(memory.range(), &MigrateOptions::default());
             assert_eq!(sent.count(PageOutcome::Moved), 2048, "{end:?}");
+            let (mut is_there, mut tell) = std::io::pipe().unwrap();
             // SAFETY: the child runs ordinary code of this process; its libc is made right by `fork` itself.
             let pid = unsafe { libc::fork() };
             assert!(pid >= 0, "fork failed");
             if pid == 0 {
                 assert_eq!(memory.get(5), stamp(5));
+                std::io::Write::write_all(&mut tell, &[0]).unwrap();
                 match end {
                     // SAFETY: ends the child without running the parent's exit handlers.
                     End::Exit => unsafe { libc::_exit(0) },
@@ -224,6 +226,8 @@ fn frames_of_a_child_that_has_ended_come_back() {
                     }
                 }
             }
+            // One that is killed before it runs keeps what it has.
+            std::io::Read::read_exact(&mut is_there, &mut [0]).unwrap();
             assert_eq!(mm.home(memory.range()).count(PageOutcome::Moved), 2048);
             if matches!(end, End::Killed) {
                 assert!(mirror.frames_used() > 1900, "the child has its part");
