@@ -86,7 +86,7 @@ pub(crate) struct Core<O: Os> {
     pub(crate) stats: Stats,
     pub(crate) lifts: Lifts,
     reader: Mutex<Reader<O::Child>>,
-    /// Whether something may still be said of changes that were read.
+    /// Whether a mapping has moved since the last time that nothing was changing.
     pub(crate) unsettled: AtomicBool,
     jobs: &'static [Job],
     /// Counts posted jobs; movers sleep on it.
@@ -170,7 +170,7 @@ impl<O: Os> Core<O> {
             notifiers: arena::value(Notifiers::new(NOTIFIER_WAIT))?,
             stats,
             lifts,
-            reader: Mutex::new(Reader::new()),
+            reader: Mutex::new(Reader::new()?),
             unsettled: AtomicBool::new(false),
             jobs: Job::table()?,
             posted: AtomicU32::new(0),

@@ -5,12 +5,16 @@
 
 use std::{
     ops::ControlFlow,
-    sync::atomic::Ordering::{AcqRel, Acquire, SeqCst},
+    sync::atomic::{
+        AtomicU64,
+        Ordering::{AcqRel, Acquire, Relaxed, SeqCst},
+    },
 };
 
 use uhmm_sys::{
     Errno,
     addr::{PageRange, VirtAddr},
+    arena,
 };
 
 use crate::{
@@ -48,7 +52,13 @@ impl<O: Os> Core<O> {
             let mut reader = self.lock_reader();
             self.gate.close();
             self.devices.for_each(|entry| entry.device().close_gate());
-            let fault = match self.next_event(&mut reader) {
+            if !reader.arrivals.is_empty() {
+                let settled = !self.unsettled.load(SeqCst) || !self.is_changing();
+                if settled {
+                    reader.arrivals.clear();
+                }
+            }
+            let fault = match self.next_event() {
                 Ok(None) => None,
                 Ok(Some(Event::Fault { addr, .. })) => Some(addr),
                 Ok(Some(event)) => {
@@ -99,7 +109,7 @@ impl<O: Os> Core<O> {
     fn apply(&'static self, ctx: &mut Ctx, event: Event<O::Child>, reader: &mut Reader<O::Child>) {
         match event {
             Event::Fault { .. } => unreachable!("faults are served outside the gate"),
-            Event::Unmap(range) => self.drop_pages(range, reader),
+            Event::Unmap(range) => self.unmapped(range, reader),
             Event::Remove(range) => {
                 // Before, so that no page leaves once it was looked at; and after, for those that came home meanwhile.
                 self.mark_discarded(range);
@@ -108,6 +118,40 @@ impl<O: Os> Core<O> {
             }
             Event::Remap { from, to, len } => self.remap(from, to, len, reader),
             Event::Fork(child) => self.fork_child(ctx, child, reader),
+        }
+    }
+
+    /// Something was unmapped. What was at its addresses then is gone; not what moved there since.
+    ///
+    /// The kernel says so when the thread that unmapped it has let go of the address space, and of what an `mremap` leaves
+    /// behind even later: when its thread runs again after its [`Event::Remap`] was read. Another mapping may have moved there
+    /// by then. It is still there, registered; whatever is mapped there now in its place is not, as long as something is
+    /// changing.
+    fn unmapped(&'static self, range: PageRange, reader: &mut Reader<O::Child>) {
+        let mut at = range.start();
+        while let Ok(rest) = PageRange::from_ends(at, range.end()) {
+            let arrival = reader.arrivals.lowest_in(rest);
+            // Up to it, or all of it.
+            let part = match arrival.and_then(|arrival| arrival.intersection(rest)) {
+                None => rest,
+                Some(part) if part.start() > at => PageRange::from_ends(at, part.start()).expect("checked"),
+                Some(part) => {
+                    let vma = self.os.vma(at).ok().flatten().and_then(|v| Some((v, v.range.intersection(part)?)));
+                    match vma {
+                        Some((vma, here)) if here.start() == at => {
+                            if self.os.is_registered(vma.range) {
+                                at = here.end();
+                                continue;
+                            }
+                            here
+                        }
+                        Some((_, here)) => PageRange::from_ends(at, here.start()).expect("what is here begins above"),
+                        None => part,
+                    }
+                }
+            };
+            self.drop_pages(part, reader);
+            at = part.end();
         }
     }
 
@@ -162,6 +206,9 @@ impl<O: Os> Core<O> {
     /// Pages that are away follow their mapping to its new address.
     fn remap(&'static self, from: VirtAddr, to: VirtAddr, len: u64, reader: &mut Reader<O::Child>) {
         let (Ok(old), Ok(new)) = (PageRange::new(from, len), PageRange::new(to, len)) else { return };
+        self.clear_the_way(new, reader);
+        reader.arrivals.put(new);
+        self.unsettled.store(true, SeqCst);
         let _old = self.invalidate(&Invalidation { range: old, cause: Cause::Unmap, owner: None });
         let _new = self.invalidate(&Invalidation { range: new, cause: Cause::Unmap, owner: None });
         self.blocks.for_each(old, |block| {
@@ -187,7 +234,7 @@ impl<O: Os> Core<O> {
                 };
                 source.put(i, Place::Cpu);
                 let mut dest = Transit::new(block_to, self);
-                // What was away at the new address went with the mapping that was replaced; its event comes first.
+                // What was away at the new address went with the mapping that was replaced.
                 let replaced = self.hold_draining(&mut dest, n, reader);
                 assert_eq!(replaced, Place::Cpu, "page {target} has two homes after mremap");
                 let (since, why) = block.history(i);
@@ -203,6 +250,59 @@ impl<O: Os> Core<O> {
             }
             ControlFlow::Continue(())
         });
+    }
+
+    /// Waits until nothing is away at `range`, to which a mapping has moved: what was there has left, and who unmapped or moved
+    /// it is about to say so, or has in an event that was deferred.
+    fn clear_the_way(&'static self, range: PageRange, reader: &mut Reader<O::Child>) {
+        let start = std::time::Instant::now();
+        let mut spins = 0;
+        while let Some(page) = self.any_away(range) {
+            let concerns = |event: &Event<O::Child>| match event {
+                Event::Unmap(gone) => gone.overlaps(range),
+                Event::Remap { from, len, .. } => PageRange::new(*from, *len).is_ok_and(|old| old.overlaps(range)),
+                _ => false,
+            };
+            let event = match reader.deferred.take_first(concerns) {
+                Some(event) => Some(event),
+                None if reader.deferred.is_full() => None,
+                None => self.next_event().unwrap_or_else(|error| panic!("reading the userfaultfd failed: {error}")),
+            };
+            // Whoever is about to say so needs a processor; those whose events are read use it.
+            pause(&mut spins);
+            match event {
+                Some(Event::Unmap(gone)) if gone.overlaps(range) => {
+                    // Of these pages it is known that they left.
+                    self.drop_pages(gone.intersection(range).expect("they overlap"), reader);
+                    for (from, to) in [(gone.start(), range.start()), (range.end(), gone.end())] {
+                        if let Ok(beside) = PageRange::from_ends(from, to) {
+                            self.unmapped(beside, reader);
+                        }
+                    }
+                }
+                Some(Event::Remap { from, to, len }) if concerns(&Event::Remap { from, to, len }) => {
+                    self.remap(from, to, len, reader);
+                }
+                Some(Event::Fault { addr, .. }) => self.os.wake(PageRange::page_of(addr)),
+                Some(event) => reader.deferred.put(event),
+                None => {}
+            }
+            assert!(start.elapsed().as_secs() < 10, "page {page} has two homes after mremap");
+        }
+    }
+
+    /// A page of `range` that is away, if there is one.
+    fn any_away(&self, range: PageRange) -> Option<VirtAddr> {
+        let mut found = None;
+        self.blocks.for_each(range, |block| {
+            if block.away() != 0
+                && let Some(part) = PageRange::block_of(block.base()).intersection(range)
+            {
+                found = self.away(block).and(&PageSet::of(part)).iter().next().map(|i| block.page(i));
+            }
+            if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        found
     }
 
     /// A child exists: give it the bytes of the pages that are away, all of them, now. After a prepared fork there are
@@ -276,7 +376,7 @@ impl<O: Os> Core<O> {
                 transit.block().word(i)
             );
             if self.lifts.any() && !reader.deferred.is_full() {
-                match self.next_event(reader) {
+                match self.next_event() {
                     // It faults anew, and is served when the gate is open.
                     Ok(Some(Event::Fault { addr, .. })) => self.os.wake(PageRange::page_of(addr)),
                     Ok(Some(event)) => reader.deferred.put(event),
@@ -288,24 +388,14 @@ impl<O: Os> Core<O> {
         }
     }
 
-    /// Reads one message; what the engine's own lifts raise, and what was known already, is told apart and not returned.
-    fn next_event(&self, reader: &mut Reader<O::Child>) -> Result<Option<Event<O::Child>>, Errno> {
+    /// Reads one message; what the engine's own lifts raise is told apart and not returned.
+    fn next_event(&self) -> Result<Option<Event<O::Child>>, Errno> {
         loop {
-            if !reader.vacated.is_empty() && (!self.unsettled.load(SeqCst) || !self.is_changing()) {
-                reader.vacated.clear();
-            }
             match self.os.next_event()? {
                 Some(Event::Remap { from, to, .. }) if self.lifts.moved(from, to) => {}
-                Some(Event::Unmap(range)) if reader.vacated.take(range) => {}
                 event => {
                     if let Some(Event::Remap { .. } | Event::Unmap(_)) = event {
                         self.lifts.changed();
-                    }
-                    if let Some(Event::Remap { from, len, .. }) = event
-                        && let Ok(range) = PageRange::new(from, len)
-                    {
-                        reader.vacated.put(range);
-                        self.unsettled.store(true, SeqCst);
                     }
                     return Ok(event);
                 }
@@ -313,7 +403,7 @@ impl<O: Os> Core<O> {
         }
     }
 
-    /// As [`Os::is_changing`]. Where nothing is, everything about earlier changes was read.
+    /// As [`Os::is_changing`]. Where nothing is, all that there is to say of earlier changes was read.
     ///
     /// # Locking
     /// The caller is inside the gate, or the reader.
@@ -330,58 +420,70 @@ impl<O: Os> Core<O> {
 #[derive(Debug)]
 pub(crate) struct Reader<C> {
     deferred: Deferred<C>,
-    vacated: Vacated,
+    arrivals: Arrivals,
 }
 
 impl<C> Reader<C> {
-    pub(crate) fn new() -> Self {
-        Self { deferred: Deferred::new(), vacated: Vacated::new() }
+    pub(crate) fn new() -> Result<Self, Errno> {
+        Ok(Self { deferred: Deferred::new(), arrivals: Arrivals::new()? })
     }
 }
 
-/// Ranges that mappings have left by `mremap`, of which the kernel has yet to say that they were unmapped.
-///
-/// It says so when the thread that moved the mapping runs again after its [`Event::Remap`] was read. That adds nothing to
-/// what was read; but another mapping may have moved there by then, and its pages are not those that were unmapped.
+/// Where mappings have moved to since the last time that nothing was changing.
 #[derive(Debug)]
-struct Vacated {
-    ranges: [Option<PageRange>; MOST_VACATED],
-    /// Where the next goes, over the oldest.
-    next: usize,
+struct Arrivals {
+    /// First address and end of each; none overlaps another, and an empty one is none.
+    ranges: &'static [[AtomicU64; 2]],
+    /// How many were put; the next goes over the oldest.
+    count: usize,
 }
 
-/// As many threads can be between the two messages of an `mremap`. Of more the oldest are forgotten.
-const MOST_VACATED: usize = 128;
+/// More than threads can make while one of them waits for a processor, most likely.
+const MOST_ARRIVALS: usize = 1024;
 
-impl Vacated {
-    const fn new() -> Self {
-        Self { ranges: [None; MOST_VACATED], next: 0 }
+impl Arrivals {
+    fn new() -> Result<Self, Errno> {
+        Ok(Self { ranges: arena::slice(MOST_ARRIVALS)?, count: 0 })
     }
 
-    fn is_empty(&self) -> bool {
-        self.next == 0
+    const fn is_empty(&self) -> bool {
+        self.count == 0
     }
 
     fn clear(&mut self) {
-        *self = Self::new();
+        self.count = 0;
     }
 
     fn put(&mut self, range: PageRange) {
-        self.ranges[self.next % MOST_VACATED] = Some(range);
-        self.next += 1;
+        // What was there has left.
+        for [start, end] in self.used() {
+            if to_range(start, end).is_some_and(|old| old.overlaps(range)) {
+                end.store(start.load(Relaxed), Relaxed);
+            }
+        }
+        let [start, end] = &self.ranges[self.count % MOST_ARRIVALS];
+        start.store(range.start().get(), Relaxed);
+        end.store(range.end().get(), Relaxed);
+        self.count += 1;
     }
 
-    /// Whether `range` is one of them; it is none from now on.
-    fn take(&mut self, range: PageRange) -> bool {
-        match self.ranges.iter_mut().find(|vacated| **vacated == Some(range)) {
-            Some(found) => found.take().is_some(),
-            None => false,
-        }
+    /// The lowest that shares a page with `range`.
+    fn lowest_in(&self, range: PageRange) -> Option<PageRange> {
+        let all = self.used().iter().filter_map(|[start, end]| to_range(start, end));
+        all.filter(|arrival| arrival.overlaps(range)).min_by_key(|arrival| arrival.start())
+    }
+
+    fn used(&self) -> &'static [[AtomicU64; 2]] {
+        &self.ranges[..self.count.min(MOST_ARRIVALS)]
     }
 }
 
+fn to_range(start: &AtomicU64, end: &AtomicU64) -> Option<PageRange> {
+    PageRange::from_ends(VirtAddr::new(start.load(Relaxed)), VirtAddr::new(end.load(Relaxed))).ok()
+}
+
 /// Most events that can wait for another. Threads whose events were read go on, and may raise more.
-const MOST_DEFERRED: usize = 128;
+const MOST_DEFERRED: usize = 256;
 
 /// Events that were read while another was being applied, in order.
 #[derive(Debug)]
@@ -404,6 +506,19 @@ impl<C> Deferred<C> {
         let n = (self.first + self.count) % self.events.len();
         assert!(self.events[n].replace(event).is_none(), "the caller asked whether there was room");
         self.count += 1;
+    }
+
+    /// The first of which `f` says so.
+    fn take_first(&mut self, f: impl Fn(&Event<C>) -> bool) -> Option<Event<C>> {
+        let size = self.events.len();
+        let place = |n| (self.first + n) % size;
+        let found = (0..self.count).find(|&n| self.events[place(n)].as_ref().is_some_and(&f))?;
+        let event = self.events[place(found)].take();
+        for n in found..self.count - 1 {
+            self.events.swap(place(n), place(n + 1));
+        }
+        self.count -= 1;
+        event
     }
 
     fn take(&mut self) -> Option<Event<C>> {

@@ -22,6 +22,8 @@ use crate::{
 pub struct LinuxMm {
     start: std::time::Instant,
     uffd: Uffd,
+    /// Another, which memory of the first one's cannot be registered with.
+    other: Uffd,
     pagemap: Pagemap,
     maps: Maps,
     reader: UnwaitingReader,
@@ -40,11 +42,12 @@ impl LinuxMm {
     pub fn open() -> Result<Self, StartError> {
         let wanted = Self::wanted();
         let uffd = Uffd::open(wanted)?;
+        let other = Uffd::open(Features::empty())?;
         let has_move = uffd.features().contains(Features::MOVE) && !masked(Cap::Move);
         let pagemap = Pagemap::open().map_err(StartError::Proc)?;
         let maps = Maps::open().map_err(StartError::Proc)?;
         let reader = UnwaitingReader::open().map_err(StartError::Proc)?;
-        Ok(Self { start: std::time::Instant::now(), uffd, pagemap, maps, reader, has_move })
+        Ok(Self { start: std::time::Instant::now(), uffd, other, pagemap, maps, reader, has_move })
     }
 
     /// Whether the calling thread could open a userfaultfd as good as the engine's.
@@ -121,6 +124,17 @@ impl Os for LinuxMm {
 
     fn register(&self, range: PageRange, mode: RegisterMode) -> Result<(), Errno> {
         self.uffd.register(range, mode)
+    }
+
+    fn is_registered(&self, whole: PageRange) -> bool {
+        match self.other.register(whole, RegisterMode::WP) {
+            Err(errno) => errno == Errno::BUSY,
+            Ok(()) => {
+                // Nothing was write-protected meanwhile, so nobody waits. Where it is unmapped by now there is nothing to undo.
+                let _ = self.other.unregister(whole);
+                false
+            }
+        }
     }
 
     fn unregister(&self, range: PageRange) -> Result<(), Errno> {

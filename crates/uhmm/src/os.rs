@@ -90,6 +90,9 @@ pub trait Os: Send + Sync + std::fmt::Debug + 'static {
     /// # Errors
     /// `EBUSY`: another userfaultfd has it. `EINVAL`: memory of a kind that cannot be registered, or a hole.
     fn register(&self, range: PageRange, mode: RegisterMode) -> Result<(), Errno>;
+    /// Whether memory of the mapping `whole` is registered, also while the address space is changing. A mapping that is not
+    /// counts as another userfaultfd's for a moment.
+    fn is_registered(&self, whole: PageRange) -> bool;
     /// `UFFDIO_UNREGISTER`.
     ///
     /// # Errors

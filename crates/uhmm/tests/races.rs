@@ -564,7 +564,7 @@ fn mappings_move_to_where_others_were_a_moment_ago() {
         });
         let moved = moved.into_inner();
         println!("{moved} mappings moved");
-        assert!(moved > 100, "{moved} mappings moved");
+        assert!(moved > 10, "{moved} mappings moved");
         finish(mm, mirrors);
         Ok(())
     });
