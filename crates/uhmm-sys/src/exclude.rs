@@ -41,6 +41,11 @@ const CONTROL_ABOVE: u64 = PAGE_SIZE;
 /// # Kernel
 /// `get_robust_list(2)`, `getdents64(2)`.
 pub fn thread_control_pages(f: &mut dyn FnMut(PageRange)) -> Result<(), Errno> {
+    threads(&mut |tid| control_pages(tid).into_iter().for_each(&mut *f))
+}
+
+/// Calls `f` for the id of each thread of the process.
+pub(crate) fn threads(f: &mut dyn FnMut(u64)) -> Result<(), Errno> {
     let dir = raw::open(c"/proc/self/task", libc::O_RDONLY | libc::O_DIRECTORY)?;
     let mut buf = [0u64; ENTRIES / 8];
     loop {
@@ -60,8 +65,8 @@ pub fn thread_control_pages(f: &mut dyn FnMut(PageRange)) -> Result<(), Errno> {
             if len <= ENTRY_NAME || len > rest.len() {
                 return Err(Errno::IO);
             }
-            if let Some(pages) = raw::parse_decimal(&rest[ENTRY_NAME..len]).and_then(control_pages) {
-                f(pages);
+            if let Some(tid) = raw::parse_decimal(&rest[ENTRY_NAME..len]) {
+                f(tid);
             }
             rest = &rest[len..];
         }

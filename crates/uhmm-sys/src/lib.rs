@@ -16,6 +16,7 @@
 //! robust            what is left when a thread has ended
 //! probe             what this kernel lets this process do; the mask for tests
 //! limits, exclude   what the engine must live within, and what it must leave alone
+//! dispatch          the program's system calls, caught where the kernel's faults are not served
 //! raw               system calls
 //! ```
 // UNSAFETY: this crate is the trust boundary: system calls, raw memory and foreign threads are reached from here only.
@@ -25,6 +26,7 @@ pub mod access;
 pub mod addr;
 pub mod area;
 pub mod arena;
+pub mod dispatch;
 pub mod exclude;
 pub mod fence;
 pub mod files;

@@ -52,6 +52,12 @@ pub fn rlimit_as() -> Option<u64> {
     rlimit(libc::RLIMIT_AS)
 }
 
+/// The most that the main thread's stack may grow to, in bytes; `None`: no limit.
+#[must_use]
+pub fn stack() -> Option<u64> {
+    rlimit(libc::RLIMIT_STACK)
+}
+
 /// The most memory that the process may lock, in bytes; `None`: no limit.
 #[must_use]
 pub fn memlock() -> Option<u64> {

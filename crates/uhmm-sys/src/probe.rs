@@ -35,6 +35,8 @@ pub enum Cap {
     UffdUserOnly,
     /// Faults that a system call takes on behalf of the process are served too.
     KernelFaults,
+    /// A thread can have its system calls caught: `PR_SET_SYSCALL_USER_DISPATCH`.
+    SyscallDispatch,
     /// `UFFD_FEATURE_EVENT_REMAP`.
     RemapEvent,
     /// `UFFD_FEATURE_EVENT_REMOVE`.
@@ -181,6 +183,11 @@ impl Report {
             (Need::Required, Status::Missing) => Verdict::CannotRun,
             (Need::Required, Status::Degraded) | (Need::Limit, _) => Verdict::Limited,
         };
+        let missing = |cap| self.get(cap).status == Status::Missing;
+        if missing(Cap::KernelFaults) && missing(Cap::SyscallDispatch) {
+            // One of the two must keep the program's system calls from failing.
+            return Verdict::CannotRun;
+        }
         self.findings.iter().map(of).max().unwrap_or(Verdict::Full)
     }
 
@@ -203,6 +210,7 @@ impl Cap {
         Self::UffdDevice,
         Self::UffdUserOnly,
         Self::KernelFaults,
+        Self::SyscallDispatch,
         Self::RemapEvent,
         Self::RemoveEvent,
         Self::UnmapEvent,
@@ -258,15 +266,18 @@ impl Cap {
             Self::KernelFaults => (
                 "kernelfaults",
                 Limit,
-                "stacks and thread data stay in RAM; a system call that is not intercepted answers EFAULT on a page that is away",
+                "`uhmm run` catches each system call of a program, which then costs some 2 us more; stacks and thread data stay in \
+                 RAM, pages come home before a fork, io_uring is refused; needs syscall-dispatch",
             ),
+            Self::SyscallDispatch => ("syscall-dispatch", Fact, ""),
             Self::RemapEvent => ("remap-event", Required, "mremap of memory that is away would read as zero"),
             Self::RemoveEvent => ("remove-event", Required, "dropped memory would come back with its old bytes"),
             Self::UnmapEvent => ("unmap-event", Required, "devices would keep translations of unmapped memory"),
             Self::ForkEvent => (
                 "fork-event",
                 Limit,
-                "a child of a raw clone reads wrong bytes; fork of the C library is followed anyway",
+                "a child of a raw clone reads wrong bytes; fork of the C library is followed anyway, and all forks where system \
+                 calls are caught",
             ),
             Self::Move => (
                 "move",
@@ -427,6 +438,7 @@ fn try_it(cap: Cap) -> Found {
         Cap::UffdSyscall => userfault::by_syscall(),
         Cap::UffdDevice => userfault::by_device(),
         Cap::UffdUserOnly => userfault::user_only(),
+        Cap::SyscallDispatch => kernel::syscall_dispatch(),
         Cap::KernelFaults => userfault::kernel_faults(),
         Cap::RemapEvent => userfault::remap_event(),
         Cap::RemoveEvent => userfault::remove_event(),
@@ -494,6 +506,9 @@ mod tests {
         assert_eq!(report(&[(Cap::UffdDevice, Status::Missing), (Cap::Thp, Status::Missing)]).verdict(), Verdict::Full);
         assert_eq!(report(&[(Cap::Move, Status::Missing)]).verdict(), Verdict::Limited);
         assert_eq!(report(&[(Cap::MaxMapCount, Status::Degraded)]).verdict(), Verdict::Limited);
+        assert_eq!(report(&[(Cap::KernelFaults, Status::Missing)]).verdict(), Verdict::Limited);
+        let neither = [(Cap::KernelFaults, Status::Missing), (Cap::SyscallDispatch, Status::Missing)];
+        assert_eq!(report(&neither).verdict(), Verdict::CannotRun);
         let worst = [(Cap::Move, Status::Missing), (Cap::VmReadv, Status::Missing)];
         assert_eq!(report(&worst).verdict(), Verdict::CannotRun);
     }

@@ -78,6 +78,15 @@ const SCAN_PRESENT: u64 = 1 << 3;
 /// `PAGEMAP_SCAN`.
 const IOC_SCAN: u64 = raw::iowr::<ScanArg>(b'f', 16);
 
+pub(super) fn syscall_dispatch() -> Found {
+    match crate::dispatch::probe() {
+        Ok(()) => Found::ok("a thread can have its system calls caught"),
+        Err(errno) => {
+            Found::missing(format!("PR_SET_SYSCALL_USER_DISPATCH: {errno}")).grant("boot Linux 5.11 or later")
+        }
+    }
+}
+
 /// Two pages, of which the second was touched.
 pub(super) fn pagemap_scan() -> Found {
     let try_it = || -> Result<bool, Errno> {
