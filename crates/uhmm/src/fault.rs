@@ -9,14 +9,16 @@ use std::sync::atomic::Ordering::Relaxed;
 use uhmm_sys::{
     Errno,
     addr::{BLOCK_PAGES, PAGE_SIZE, PageRange, VirtAddr},
+    dispatch::Whereabouts,
     maps::Prot,
+    pagemap::Page,
     uffd::Wake,
 };
 
 use crate::{
     block::{Block, Mark, Place, Transit},
     engine::Core,
-    migrate::SPARE_RECORDS,
+    migrate::{SPARE_RECORDS, Stay},
     os::{MANAGED, Os},
     page_set::{PageSet, Run},
     policy,
@@ -103,6 +105,53 @@ impl<O: Os> Core<O> {
         }
         self.stats.add(Counter::FaultsStale, 1);
         self.os.wake(page);
+    }
+
+    /// Serves each page of `range` that is not there as if a thread had touched it.
+    pub(crate) fn touch(&'static self, ctx: &mut Ctx, range: PageRange) {
+        let is_there = |page: PageRange| {
+            let mut found = [Page::empty(); 1];
+            self.os.scan(page, &mut found).is_ok() && found[0].is_there()
+        };
+        for part in range.iter_blocks() {
+            let mut pages = [Page::empty(); BLOCK_PAGES];
+            let pages = &mut pages[..part.pages()];
+            if self.os.scan(part, pages).is_err() {
+                continue;
+            }
+            for (n, page) in pages.iter().enumerate() {
+                let addr = part.start().add(n as u64 * PAGE_SIZE);
+                // It may have come along with one before it.
+                if !page.is_there() && !is_there(PageRange::page_of(addr)) {
+                    self.serve_fault(ctx, addr);
+                }
+            }
+        }
+    }
+
+    /// Where the pages of `range` are, by the one that is farthest.
+    pub(crate) fn look(&self, range: PageRange) -> Whereabouts {
+        let mut found = Whereabouts::Here;
+        self.blocks.for_each(range, |block| {
+            let part = PageRange::block_of(block.base()).intersection(range);
+            let of = |i: usize| match block.word(i) {
+                word if word.locked() => Whereabouts::Moving,
+                word if word.is_cpu() => Whereabouts::Here,
+                _ => Whereabouts::Away,
+            };
+            let farthest = part.and_then(|part| PageSet::of(part).iter().map(of).max());
+            found = found.max(farthest.unwrap_or(Whereabouts::Here));
+            std::ops::ControlFlow::Continue(())
+        });
+        found
+    }
+
+    /// Makes a record for each block of `range`, so that it counts as memory that may be registered.
+    pub(crate) fn note_managed(&self, range: PageRange) {
+        // Without room for more records nothing of it can leave either.
+        for part in range.iter_blocks() {
+            let _ = self.blocks.find_or_add(part.start(), SPARE_RECORDS);
+        }
     }
 
     /// Waits a little where more memory has come home of late than reclaim could send away. Once a fault: it is served in
@@ -270,8 +319,9 @@ impl<O: Os> Core<O> {
             let Ok(Some(vma)) = self.os.vma(at) else { return };
             let Some(piece) = vma.range.intersection(rest) else { return };
             if crate::migrate::refusal(&vma).is_none() {
+                self.note_managed(piece);
                 // Where it fails the mapping was not split by us.
-                let _ = self.os.register(piece, MANAGED);
+                let _ = self.register_but(piece, Stay::Held);
             }
             at = piece.end();
         }
@@ -293,8 +343,21 @@ impl<O: Os> Core<O> {
             return true;
         }
         // It may have come while this was under way.
-        let _ = self.each_piece(range, |piece| self.os.register(piece, MANAGED));
+        let _ = self.each_piece(range, |piece| self.register_but(piece, Stay::Fixed));
         false
+    }
+
+    /// Registers `piece` but for the pages that are to stay.
+    fn register_but(&self, piece: PageRange, stay: Stay) -> Result<(), Errno> {
+        for part in piece.iter_blocks() {
+            let stay = self.staying(part, stay);
+            let at = |n: usize| part.start().block().add(n as u64 * PAGE_SIZE);
+            for run in PageSet::of(part).minus(&stay).runs() {
+                let range = PageRange::new(at(run.first), run.bytes()).expect("part of a block");
+                self.os.register(range, MANAGED)?;
+            }
+        }
+        Ok(())
     }
 
     /// Calls `f` for the part of each VMA in `range`. What cannot be registered, or is another userfaultfd's, is passed

@@ -25,7 +25,7 @@ use std::{
     sync::{
         Mutex, OnceLock, PoisonError,
         atomic::{
-            AtomicBool, AtomicU64, AtomicUsize,
+            AtomicBool, AtomicU32, AtomicU64, AtomicUsize,
             Ordering::{AcqRel, Acquire, Release},
         },
     },
@@ -74,6 +74,8 @@ static IN_CHILD: OnceLock<fn()> = OnceLock::new();
 static GENERATION: AtomicUsize = AtomicUsize::new(0);
 /// Taken from the preparation of a fork to its end: forks take turns.
 static TURN: AtomicBool = AtomicBool::new(false);
+/// The thread whose fork it is, from its preparation to its end; 0 for none.
+static FORKING: AtomicU32 = AtomicU32::new(0);
 /// What the fork whose turn it is was prepared for. Only its thread takes the lock.
 static UNDER_WAY: Mutex<Option<(&'static Core<LinuxMm>, Sharing)>> = Mutex::new(None);
 
@@ -85,6 +87,12 @@ pub fn after_fork_in_child(f: fn()) {
 /// How many forks lie between this process and the one that was executed.
 pub(crate) fn generation() -> usize {
     GENERATION.load(Acquire)
+}
+
+/// Whether the calling thread is in the middle of a fork by the C library.
+#[must_use]
+pub fn is_prepared() -> bool {
+    FORKING.load(Acquire) == uhmm_sys::thread::gettid()
 }
 
 /// Sees to it that forks are prepared for. Returns whether they are.
@@ -128,6 +136,7 @@ extern "C" fn prepare() {
         (core, sharing)
     });
     *UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner) = under_way;
+    FORKING.store(uhmm_sys::thread::gettid(), Release);
     fork::set_errno(0);
 }
 
@@ -155,6 +164,7 @@ extern "C" fn parent() {
         Some((core, Sharing::Home)) => core.thaw(),
         None => {}
     }
+    FORKING.store(0, Release);
     TURN.store(false, Release);
     fork::set_errno(failed);
 }
@@ -163,6 +173,7 @@ extern "C" fn child() {
     fork::reset_in_child();
     let under_way = UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner).take();
     GENERATION.fetch_add(1, Release);
+    FORKING.store(0, Release);
     TURN.store(false, Release);
     mm::forget();
     if let Some((core, Sharing::Shared)) = under_way {

@@ -59,6 +59,8 @@ pub(crate) enum Request {
     Subscribe { range: PageRange, ops: OpsRef },
     /// End a subscription.
     Unsubscribe { subscription: &'static Subscription },
+    /// Serve each page that is not there as if it had been touched.
+    Touch { range: PageRange },
     /// Bring everything home and unregister the range.
     Release { range: PageRange },
     /// Register each mapping as a whole.

@@ -4,7 +4,7 @@ use uhmm_sys::{
     Errno,
     access::{self, UnwaitingReader},
     addr::{PageRange, VirtAddr},
-    arena, exclude,
+    arena, dispatch, exclude,
     maps::{self, Maps, Prot, Vma},
     mem::HostBytes,
     pagemap::{Page, Pagemap},
@@ -112,6 +112,14 @@ impl Os for LinuxMm {
             // Without knowing the threads nothing is safe to move.
             f(crate::ops::whole_space());
         }
+    }
+
+    fn fixed(&self, range: PageRange, f: &mut dyn FnMut(PageRange)) {
+        dispatch::fixed(range, f);
+    }
+
+    fn held(&self, range: PageRange, f: &mut dyn FnMut(PageRange)) {
+        dispatch::held(range, f);
     }
 
     fn anon_rss(&self) -> Result<u64, Errno> {

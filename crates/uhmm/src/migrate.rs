@@ -222,11 +222,14 @@ impl<O: Os> Core<O> {
     /// Moves pages of one VMA within one block; tries again what deserves it.
     fn migrate_piece(&'static self, ctx: &mut Ctx, piece: PageRange, prot: Prot, plan: &Plan, outcomes: &mut Outcomes) {
         let mut want = PageSet::of(piece);
-        ctx.excluded.touching(piece, |r| {
+        let mut exclude = |r| {
             let own = PageSet::of(r);
             outcomes.set(&own, PageOutcome::EngineOwned);
             want = want.minus(&own);
-        });
+        };
+        ctx.excluded.touching(piece, &mut exclude);
+        // Only to save the trouble: what counts is what is there when the pages are locked.
+        self.os.fixed(piece, &mut exclude);
         if want.is_empty() {
             return;
         }
@@ -346,8 +349,17 @@ impl<O: Os> Core<O> {
         }
         let mut holes = PageSet::EMPTY;
         let mut huge = false;
+        // Who begins a system call from now on finds the pages locked, and waits.
+        let held = self.staying(piece, Stay::Held);
+        let used = resident.and(&held);
+        if !used.is_empty() {
+            self.stats.add(Counter::SkippedPinned, used.count());
+            outcomes.set(&used, PageOutcome::Pinned);
+            used.iter().for_each(|i| transit.put_back(i));
+            resident = resident.minus(&used);
+        }
         if !resident.is_empty() {
-            let moved = self.take_out(ctx, &mut transit, piece, prot, plan, &resident, pass, outcomes);
+            let moved = self.take_out(ctx, &mut transit, piece, prot, plan, &resident, &held, pass, outcomes);
             staged = staged.or(&moved.present);
             holes = moved.holes;
             huge = moved.huge;
@@ -408,6 +420,38 @@ impl<O: Os> Core<O> {
         staged.count() - failed.count()
     }
 
+    /// The pages of `piece`, which lies in one block, that must stay.
+    ///
+    /// # Locking
+    /// As [`Os::held`].
+    pub(crate) fn staying(&self, piece: PageRange, stay: Stay) -> PageSet {
+        let mut pages = PageSet::EMPTY;
+        let mut add = |part| pages = pages.or(&PageSet::of(part));
+        match stay {
+            Stay::Fixed => self.os.fixed(piece, &mut add),
+            Stay::Held => self.os.held(piece, &mut add),
+        }
+        pages
+    }
+
+    /// Registers a piece of a block, but for the pages in `held` and those that must never be. Returns the latter too.
+    ///
+    /// # Errors
+    /// As [`Os::register`].
+    ///
+    /// # Locking
+    /// The caller has the block's registration lock: who fixes a range now waits for it, and unregisters the range then.
+    fn register_piece(&self, block: Block, piece: PageRange, held: &PageSet) -> Result<PageSet, Errno> {
+        let fixed = self.staying(piece, Stay::Fixed);
+        let stay = held.or(&fixed);
+        if stay.is_empty() {
+            self.os.register(piece, MANAGED)?;
+        } else {
+            PageSet::of(piece).minus(&stay).runs().try_for_each(|run| self.os.register(block.run(run), MANAGED))?;
+        }
+        Ok(fixed)
+    }
+
     /// Setup: takes pages out of the program into staging. Held pages that did not move are let go.
     #[expect(clippy::too_many_arguments, reason = "the pass's inputs and its two results")]
     fn take_out(
@@ -418,6 +462,7 @@ impl<O: Os> Core<O> {
         prot: Prot,
         plan: &Plan,
         resident: &PageSet,
+        held: &PageSet,
         pass: &mut Pass,
         outcomes: &mut Outcomes,
     ) -> TakenOut {
@@ -450,10 +495,19 @@ impl<O: Os> Core<O> {
             // What is at these addresses may have come there by a change that the books do not know yet.
             if self.is_changing() {
                 stop = Some(Errno::AGAIN);
-            } else if let Err(error) = self.os.register(piece, MANAGED) {
-                stop = Some(error);
-            } else if lifted && !self.is_still_movable(piece) {
-                stop = Some(Errno::SRCH);
+            } else {
+                match self.register_piece(block, piece, held) {
+                    Ok(fixed) => {
+                        // A thread was made meanwhile whose stack is here.
+                        let stay = left.and(&fixed);
+                        left = left.minus(&stay);
+                        refuse(transit, &stay, PageOutcome::Pinned);
+                    }
+                    Err(error) => stop = Some(error),
+                }
+                if stop.is_none() && lifted && !self.is_still_movable(piece) {
+                    stop = Some(Errno::SRCH);
+                }
             }
             if stop.is_none() && !lifted {
                 let to = |i| self.staging.addr(berth.slot(i));
@@ -848,6 +902,15 @@ enum Berthed {
 
 /// Records kept back for events that move pages, which cannot be refused.
 pub(crate) const SPARE_RECORDS: u32 = 256;
+
+/// Which pages are to stay where they are, and as they are registered.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Stay {
+    /// Those that never move.
+    Fixed,
+    /// Those and what a system call under way uses.
+    Held,
+}
 
 /// What one attempt leaves to be done.
 #[derive(Debug, Default)]

@@ -21,7 +21,9 @@ use thiserror::Error;
 use uhmm_sys::{
     Errno,
     addr::{PAGE_SIZE, PageRange, RangeError, VirtAddr},
-    arena, futex,
+    arena,
+    dispatch::Whereabouts,
+    futex,
     mem::HostBytes,
     thread,
     uffd::OpenError,
@@ -391,6 +393,57 @@ impl Mm {
     #[must_use]
     pub fn release(&self, range: PageRange) -> bool {
         matches!(self.core.call(Request::Release { range }, |_, reply| reply), Reply::Left(0))
+    }
+
+    /// Where the pages of the range are, by the one that is farthest.
+    ///
+    /// # Locking
+    /// Takes none; may be called in a signal handler. Who must know puts a full fence before it, behind what keeps pages from
+    /// leaving (see [`uhmm_sys::dispatch`]).
+    #[must_use]
+    pub fn look(&self, range: PageRange) -> Whereabouts {
+        self.core.look(range)
+    }
+
+    /// Whether anything of the block of `at` may be registered. Where not, the kernel fills its memory by itself.
+    ///
+    /// # Locking
+    /// As [`Mm::look`].
+    #[must_use]
+    pub fn is_managed(&self, at: VirtAddr) -> bool {
+        self.core.blocks.find(at).is_some()
+    }
+
+    /// All of the range counts as managed from now on: memory that was moved to it, or made larger, took its registration
+    /// along.
+    ///
+    /// # Locking
+    /// As [`Mm::look`].
+    pub fn note_managed(&self, range: PageRange) {
+        self.core.note_managed(range);
+    }
+
+    /// Brings everything home and lets nothing leave until [`Mm::end_fork`]: before a fork that the C library does not know
+    /// of, where the kernel does not tell of it either.
+    ///
+    /// # Locking
+    /// As [`Mm::touch`].
+    pub fn prepare_fork(&self) {
+        self.core.call(Request::ForkPrepare { sharing: crate::fork::Sharing::Home }, |_, _| ());
+    }
+
+    /// Ends what [`Mm::prepare_fork`] began, in the parent.
+    pub fn end_fork(&self) {
+        self.core.thaw();
+    }
+
+    /// Serves each page of the range that is not there as if a thread had touched it: those that are away come home, and
+    /// those that were never touched are filled.
+    ///
+    /// # Locking
+    /// May be called in a signal handler; waits for an engine thread.
+    pub fn touch(&self, range: PageRange) {
+        self.core.call(Request::Touch { range }, |_, _| ());
     }
 
     /// Makes each mapping in the range one to the kernel again, where registration had split it: before an `mremap`,

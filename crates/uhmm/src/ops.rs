@@ -95,6 +95,10 @@ impl<O: Os> Core<O> {
             Request::Unsubscribe { subscription } => {
                 self.notifiers.remove(subscription).map_or_else(Reply::TimedOut, |()| Reply::Done)
             }
+            Request::Touch { range } => {
+                self.touch(ctx, range);
+                Reply::Done
+            }
             Request::Release { range } => Reply::Left(usize::from(!self.release_range(ctx, range))),
             Request::Unsplit { range } => {
                 self.unsplit(range);

@@ -77,6 +77,17 @@ pub trait Os: Send + Sync + std::fmt::Debug + 'static {
     fn scan(&self, range: PageRange, out: &mut [Page]) -> Result<(), Errno>;
     /// Calls `f` for memory that must stay: the engine's own, and what the kernel writes to behind a dying thread.
     fn excluded(&self, f: &mut dyn FnMut(PageRange));
+    /// Calls `f` for the parts of `range` that the kernel may touch at any time without being served: they must neither leave
+    /// nor be registered. None where faults of system calls are served.
+    ///
+    /// # Locking
+    /// The caller has taken the locks that keep others from doing so meanwhile; this puts a full fence behind them.
+    fn fixed(&self, range: PageRange, f: &mut dyn FnMut(PageRange));
+    /// Calls `f` for the parts of `range` that must stay for now: as [`Os::fixed`], and what a system call under way uses.
+    ///
+    /// # Locking
+    /// As [`Os::fixed`]. Who begins a system call from now on finds the pages locked, and waits.
+    fn held(&self, range: PageRange, f: &mut dyn FnMut(PageRange));
     /// Anonymous memory of the process in RAM, in bytes.
     ///
     /// # Errors
