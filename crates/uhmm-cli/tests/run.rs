@@ -195,11 +195,13 @@ fn moves() -> bool {
     let done = run(Command::new(UHMM).args(["doctor", "--json"]));
     let report: Value = serde_json::from_slice(&done.out).unwrap();
     let capabilities = report["capabilities"].as_array().unwrap();
-    let missing = capabilities.iter().find(|cap| cap["name"] == "kernelfaults" && cap["status"] != "ok");
-    if let Some(cap) = missing {
-        println!("skipped: no kernel-mode faults ({})", cap["detail"]);
+    let of = |name: &str| capabilities.iter().find(|cap| cap["name"] == name).unwrap();
+    let ways = ["kernelfaults", "syscall-dispatch"].map(of);
+    let moves = ways.iter().any(|cap| cap["status"] == "ok");
+    if !moves {
+        println!("skipped: {} and {}", ways[0]["detail"], ways[1]["detail"]);
     }
-    missing.is_none()
+    moves
 }
 
 /// The ways in which a program runs: as it is, moved about, also on a device that the CPU can address, and with little room.
@@ -372,39 +374,128 @@ fn a_library_that_is_not_there_is_named() {
     assert!(done.err.contains("/no/such/library.so"), "{}", done.err);
 }
 
-#[test]
-fn who_may_not_serve_the_kernels_faults_runs_programs_but_moves_nothing() {
-    let dir = Dir::new("nobody");
-    let program = dir.program("hello");
+/// `uhmm run` as a user without privileges, whose userfaultfd is for user mode only. `None`, with the reason printed, where
+/// there is none or he cannot run what was built.
+fn nobody(options: &[&str]) -> Option<Command> {
     library();
-    let nobody = |options: &[&str]| {
-        let mut command = if is_root() {
-            let mut command = Command::new("setpriv");
-            command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--", UHMM]);
-            command
-        } else {
-            Command::new(UHMM)
-        };
-        command.arg("run").args(options).arg("--").arg(&program);
-        run(&mut command)
+    let mut command = if is_root() {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--", UHMM]);
+        command
+    } else {
+        Command::new(UHMM)
     };
-    let done = nobody(&[]);
-    if done.status.code() == Some(127) || done.err.contains("setpriv: failed to execute") {
+    let done = run(Command::new(command.get_program()).args(command.get_args()).arg("--version"));
+    if done.status.code() != Some(0) {
         println!("skipped: nobody cannot run {UHMM}");
-        return;
+        return None;
     }
-    assert_eq!((done.code(), done.text()), (0, "hello\n"), "{}", done.err);
-    let granted = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").is_ok_and(|text| text.trim() == "1");
-    for option in ["--resident=1G", "--stress"] {
-        let done = nobody(&[option]);
-        if granted {
-            assert_eq!((done.code(), done.text()), (0, "hello\n"), "{}", done.err);
-        } else {
-            assert_eq!(done.code(), 125, "{}", done.err);
-            assert!(done.err.contains("sysctl vm.unprivileged_userfaultfd=1"), "{}", done.err);
-            assert!(done.out.is_empty(), "the program ran");
+    // On a machine that lets everybody serve the kernel's faults.
+    command.env("UHMM_MASK", "kernelfaults");
+    command.arg("run").args(options).arg("--").env_remove("LD_PRELOAD").env_remove("UHMM_PRELOAD");
+    command.env("UHMM_STRICT", "1");
+    Some(command)
+}
+
+/// Runs something as nobody, moved about and with little room: status and output must be those of `bare`. Each way so many
+/// times, with a seed of its own. Returns how many pages left in all; `None` where nobody cannot do that here.
+fn as_nobody(arguments: &[&str], rounds: u32, bare: &Done) -> Option<u64> {
+    if !moves() {
+        return None;
+    }
+    let mut pages = 0;
+    for round in 0..rounds {
+        let stress = format!("--stress={round}");
+        for way in [&["--stats=json", &stress][..], &["--stats=json", "--resident", "4M", "--device", "soft:1G"]] {
+            let done = run(nobody(way)?.args(arguments));
+            assert_eq!(done.status.code(), bare.status.code(), "{way:?} {arguments:?}: {}: {}", done.status, done.err);
+            assert!(
+                done.out == bare.out,
+                "{way:?} {arguments:?}: other output: {}",
+                String::from_utf8_lossy(&done.out)
+            );
+            pages += done.figures()["pages_staged"].as_u64().unwrap();
         }
     }
+    Some(pages)
+}
+
+#[test]
+fn who_may_not_serve_the_kernels_faults_has_system_calls_caught() {
+    let dir = Dir::new("nobody");
+    let program = dir.program("hello");
+    let Some(mut command) = nobody(&[]) else { return };
+    let done = run(command.arg(&program));
+    assert_eq!((done.code(), done.text()), (0, "hello\n"), "{}", done.err);
+    for option in ["--resident=1G", "--stress"] {
+        let done = run(nobody(&[option]).unwrap().arg(&program));
+        if moves() {
+            assert_eq!((done.code(), done.text()), (0, "hello\n"), "{}", done.err);
+        }
+        // A kernel that cannot do that either.
+        let done = run(nobody(&[option]).unwrap().arg(&program).env("UHMM_MASK", "kernelfaults,syscall-dispatch"));
+        assert_eq!((done.code(), done.text()), (125, ""), "{}", done.err);
+        assert!(done.err.contains("kernelfaults"), "{}", done.err);
+    }
+}
+
+#[test]
+fn system_calls_of_nobody_find_their_memory() {
+    let dir = Dir::new("calls");
+    let program = dir.program("calls");
+    let program = program.to_str().unwrap();
+    let bare = run(Command::new(program).arg("0"));
+    assert_eq!((bare.code(), bare.text()), (0, "all well\n"), "{}", bare.err);
+    let pages = as_nobody(&[program, "2"], 3, &bare);
+    assert!(pages.is_none_or(|pages| pages > 1000), "{pages:?} pages left");
+}
+
+#[test]
+fn tools_give_nobody_the_same() {
+    let dir = Dir::new("tools");
+    let lines = dir.join("lines");
+    let text: String =
+        (0..60_000u32).map(|n| format!("{} line {n}\n", n.wrapping_mul(2_654_435_761) % 100_000)).collect();
+    fs::write(&lines, text).unwrap();
+    let lines = lines.to_str().unwrap();
+    let python = "
+import multiprocessing, hashlib, subprocess, time
+big = {str(n): 'x' * (n % 50) for n in range(60000)}
+def work(n):
+    return hashlib.md5(''.join(list(big.values())[n::7]).encode()).hexdigest()
+if __name__ == '__main__':
+    time.sleep(0.1)
+    with multiprocessing.get_context('fork').Pool(2) as pool:
+        print(pool.map(work, range(4)))
+    print(subprocess.run(['sh', '-c', 'cat; exit 4'], input=b'y' * 300000, stdout=subprocess.PIPE).stdout.count(b'y'))
+    print(hashlib.md5(''.join(big).encode()).hexdigest())
+";
+    let compress =
+        format!("xz -T2 -0 --block-size=100KiB -c {lines} | xz -dc | cksum; seq 1 20000 | sort -R | wc -l; exit 3");
+    let query = "create table t(a integer primary key, b text); \
+                 with recursive c(n) as (select 1 union all select n + 1 from c where n < 20000) \
+                 insert into t select n, hex(n * 7919) from c; create index i on t(b); \
+                 select count(*), sum(a), max(b) from t where b > '3';";
+    for arguments in [
+        &["sort", "-n", "--parallel=2", "-S", "1M", lines][..],
+        // One that everybody may run.
+        &["/usr/bin/python3", "-c", python],
+        &["bash", "-c", &compress],
+        &["sqlite3", ":memory:", query],
+    ] {
+        let bare = start_if_there(arguments).map(finish);
+        match bare {
+            Some(bare) => println!("{}: {:?} pages left", arguments[0], as_nobody(arguments, 2, &bare)),
+            None => println!("skipped: there is no {}", arguments[0]),
+        }
+    }
+}
+
+/// Starts a tool, if the machine has it.
+fn start_if_there(arguments: &[&str]) -> Option<Child> {
+    let mut command = Command::new(arguments[0]);
+    command.args(&arguments[1..]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.process_group(0).spawn().ok()
 }
 
 /// Starts `interrupt.c` and waits until it works.

@@ -21,8 +21,9 @@ use std::{
 use uhmm::{
     DeviceFaultPolicy, Mirror, Mm,
     addr::{PageRange, VirtAddr},
-    device::Cause,
+    device::{Cause, MemoryKind},
     fork,
+    linux::LinuxMm,
     mm::{Setup, Threads},
     session::{self, ARENA_BYTES, DeviceSpec, EXIT_FAILED, LimitShift, Session, address_space},
     stress::StressHooks,
@@ -30,7 +31,9 @@ use uhmm::{
 };
 use uhmm_devices::soft::{SoftConfig, SoftDevice};
 use uhmm_sys::{
-    arena, exclude,
+    Errno, arena,
+    dispatch::{self, Pager, Whereabouts},
+    exclude,
     files::own_files,
     maps::{Maps, anon_rss_bytes},
     space, thread,
@@ -102,6 +105,16 @@ pub(crate) fn start(environment: &Environment) {
         return fail(Files::Program, format_args!("forks cannot be followed"));
     }
     fork::after_fork_in_child(in_child);
+    if !LinuxMm::can_open()
+        && let Err(errno) = dispatch::enable()
+    {
+        let why = match errno {
+            Errno::BUSY => "a library has started threads already",
+            Errno::INVAL => "that needs Linux 5.11, see uhmm doctor",
+            _ => "there is no memory for it",
+        };
+        return fail(Files::Program, format_args!("its system calls cannot be watched ({errno}): {why}"));
+    }
     schedule();
 }
 
@@ -152,6 +165,7 @@ fn schedule() {
 /// In a forked child, whose parent's engine is none of its own.
 fn in_child() {
     RUNNING.store(std::ptr::null_mut(), Release);
+    dispatch::reset_in_child();
     turn::reset_in_child();
     if !Mm::is_set_up() {
         space::reuse_in_child();
@@ -190,6 +204,9 @@ fn set_up(orders: &Orders) -> Result<(), String> {
         Some(mm) => (mm, Vec::new()),
         None => open(orders)?,
     };
+    if !mm.serves_kernel_faults() && !dispatch::is_on() {
+        return Err("the process has lost the privilege to serve the faults of its system calls".to_owned());
+    }
     mm.stats().add(Counter::Processes, 1);
     let running = Running { mm, pid: std::process::id(), devices };
     // It is never dropped: pages may be away until the process ends.
@@ -198,6 +215,10 @@ fn set_up(orders: &Orders) -> Result<(), String> {
         // Nobody is in the middle of a change, and whoever begins one from now on finds the engine.
         let _turn = turn::turn();
         RUNNING.store(std::ptr::from_ref(running).cast_mut(), Release);
+    }
+    if dispatch::is_on() {
+        // Before anything leaves.
+        dispatch::set_pager(running).map_err(|errno| format!("no memory: {errno}"))?;
     }
     if let Some(limit) = orders.resident {
         running.mm.keep_resident(limit).map_err(|why| why.to_string())?;
@@ -231,7 +252,9 @@ fn make_device((n, spec): (usize, &DeviceSpec)) -> Result<SoftDevice, String> {
         None => SoftConfig::ram(&name, spec.bytes),
         Some(dir) => SoftConfig::file(&name, dir, spec.bytes),
     };
-    let config = SoftConfig { kind: spec.kind, access_budget: ACCESS_BUDGET, ..config };
+    // Where system calls are caught no page may come and go behind them, not even from frame to frame.
+    let kind = if dispatch::is_on() { MemoryKind::Private } else { spec.kind };
+    let config = SoftConfig { kind, access_budget: ACCESS_BUDGET, ..config };
     SoftDevice::new(&config).map_err(|why| format!("device {spec}: {why}"))
 }
 
@@ -305,6 +328,42 @@ pub(crate) fn lends_pages() {
     LENDS_PAGES.store(true, Release);
     if let Some(running) = running() {
         running.mm.never_recycle();
+    }
+}
+
+impl Pager for Running {
+    fn look(&self, range: PageRange) -> Whereabouts {
+        self.mm.look(range)
+    }
+
+    fn bring(&self, range: PageRange) {
+        self.mm.touch(range);
+    }
+
+    fn is_managed(&self, at: VirtAddr) -> bool {
+        self.mm.is_managed(at)
+    }
+
+    fn moved(&self, range: PageRange) {
+        self.mm.note_managed(range);
+    }
+
+    fn release(&self, range: PageRange) -> bool {
+        // Most stacks are fresh memory, of which nobody has ever moved anything.
+        let managed = range.iter_blocks().any(|part| self.mm.is_managed(part.start()));
+        !managed || self.mm.release(range)
+    }
+
+    fn before_fork(&self) -> bool {
+        let bare = !fork::is_prepared();
+        if bare {
+            self.mm.prepare_fork();
+        }
+        bare
+    }
+
+    fn after_fork(&self) {
+        self.mm.end_fork();
     }
 }
 

@@ -28,7 +28,9 @@
 //! # What it does not do, and why
 //! - Static programs and those with privileges of their own (setuid) load no library: `uhmm run` refuses them.
 //! - A process that a raw `clone` made, without libc's `fork`, has no engine: nothing of it moves. Its bytes are right where
-//!   `uhmm doctor` says that such forks are followed.
+//!   `uhmm doctor` says that such forks are followed, and where system calls are caught.
+//! - Where the kernel's own faults are not served, system calls are caught before the program begins: see
+//!   [`uhmm_sys::dispatch`] for what that does not see.
 //! - A process with an engine has more threads than it knows of: `unshare(CLONE_NEWUSER)`, which wants a single one,
 //!   answers `EINVAL`.
 //! - When a program gives up privileges (`setuid`), the engine's threads keep theirs.

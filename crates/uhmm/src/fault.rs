@@ -136,7 +136,7 @@ impl<O: Os> Core<O> {
             let part = PageRange::block_of(block.base()).intersection(range);
             let of = |i: usize| match block.word(i) {
                 word if word.locked() => Whereabouts::Moving,
-                word if word.is_cpu() => Whereabouts::Here,
+                word if word.is_mapped() => Whereabouts::Here,
                 _ => Whereabouts::Away,
             };
             let farthest = part.and_then(|part| PageSet::of(part).iter().map(of).max());

@@ -198,6 +198,10 @@ fn check_machine(orders: &Orders) -> Result<()> {
         if finding.status != Status::Missing {
             continue;
         }
+        // The other way: each system call is caught, and what it uses brought home before.
+        if cap == Cap::KernelFaults && report.get(Cap::SyscallDispatch).status == Status::Ok {
+            continue;
+        }
         let grant = finding
             .grant
             .as_ref()
