@@ -14,12 +14,15 @@
 //! Program threads never take a lock that a handler can need: they post jobs. That is what keeps a handler from
 //! waiting for a thread that waits for the handler.
 
-use std::sync::{
-    Mutex, MutexGuard,
-    atomic::{
-        AtomicBool, AtomicU32, AtomicU64,
-        Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst},
+use std::{
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{
+            AtomicBool, AtomicU32, AtomicU64,
+            Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst},
+        },
     },
+    time::{Duration, Instant},
 };
 
 use uhmm_sys::{
@@ -123,10 +126,13 @@ impl Drop for RunningOut<'_> {
 /// Interval notifiers that one address space can have, the devices' own included.
 pub(crate) const NOTIFIERS: usize = 256;
 /// How long a reader waits for an invalidation to end.
-const NOTIFIER_WAIT: std::time::Duration = std::time::Duration::from_secs(10);
+const NOTIFIER_WAIT: Duration = Duration::from_secs(10);
 
 /// How often to look whether processes of the family have ended.
-const SWEEP_INTERVAL: std::time::Duration = std::time::Duration::from_millis(250);
+const SWEEP_INTERVAL: Duration = Duration::from_millis(250);
+
+/// See [`Core::wait_thawed`].
+const THAW_PATIENCE: Duration = Duration::from_millis(100);
 
 /// History ticks are 16 ms: 28 bits of them last for seven weeks before they wrap.
 const TICK_NS: u64 = 16_000_000;
@@ -219,7 +225,7 @@ impl<O: Os> Core<O> {
 
     pub(crate) fn record_fault(&self, read_ns: u64) {
         let took = self.os.now_ns().saturating_sub(read_ns);
-        self.stats.record(Latency::FaultHome, std::time::Duration::from_nanos(took));
+        self.stats.record(Latency::FaultHome, Duration::from_nanos(took));
     }
 
     /// Tells every mirror and notifier that translations of the range go. They are gone on return; until the guard is
@@ -277,12 +283,19 @@ impl<O: Os> Core<O> {
         (self.frozen.load(SeqCst) == 0).then_some(running)
     }
 
-    /// Waits while a fork is being prepared.
-    pub(crate) fn wait_thawed(&self) {
+    /// Waits while nothing may leave, for a tenth of a second at most. Returns whether it may now.
+    ///
+    /// Not for longer: whoever forbids it (see [`crate::still`]) may be waiting for a mover, and all of them may be here.
+    pub(crate) fn wait_thawed(&self) -> bool {
+        let start = Instant::now();
         let mut spins = 0;
         while self.frozen.load(Acquire) != 0 {
+            if start.elapsed() > THAW_PATIENCE {
+                return false;
+            }
             pause(&mut spins);
         }
+        true
     }
 
     /// Lets nothing leave any more, and waits for what is leaving.

@@ -251,7 +251,9 @@ impl<O: Os> Core<O> {
         }
         let mut unshared = PageSet::EMPTY;
         for attempt in 0..ATTEMPTS {
-            self.wait_thawed();
+            if !self.wait_thawed() {
+                return outcomes.set(&want, PageOutcome::Busy);
+            }
             let mut pass = Pass::default();
             self.out_pass(ctx, block, piece, prot, plan, &want, &mut pass, outcomes);
             let shared = pass.shared.minus(&unshared);

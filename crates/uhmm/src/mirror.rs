@@ -365,6 +365,11 @@ impl<O: Os> Core<O> {
                     }
                     match outcomes.0[addr.page_in_block()] {
                         PageOutcome::Moved | PageOutcome::Already => {}
+                        // Until the device asks again a mover can see to whoever wants nothing to leave.
+                        outcome if outcome.is_passing() && self.is_frozen() => {
+                            let ms = u64::try_from(start.elapsed().as_millis()).expect("short");
+                            return Err(FaultError::TimedOut { addr, ms });
+                        }
                         outcome if outcome.is_passing() => std::thread::yield_now(),
                         outcome => return Err(FaultError::NotExclusive { addr, outcome }),
                     }
