@@ -151,8 +151,19 @@ impl<O: Os> Core<O> {
                 }
             };
             self.drop_pages(part, reader);
+            self.forget_histories(part);
             at = part.end();
         }
+    }
+
+    /// What is mapped there next has no past.
+    fn forget_histories(&self, range: PageRange) {
+        self.blocks.for_each(range, |block| {
+            if let Some(part) = PageRange::block_of(block.base()).intersection(range) {
+                PageSet::of(part).iter().for_each(|i| block.set_history(i, 0, Why::Untouched));
+            }
+            ControlFlow::Continue(())
+        });
     }
 
     /// The contents of `range` are gone for good: forget pages that are away, and every translation.

@@ -285,8 +285,6 @@ impl<O: Os> Core<O> {
             return;
         }
         self.share(true);
-        // No device may write to a frame that the child will have too.
-        drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Fork, owner: None }));
         {
             // No event is applied meanwhile: a page that `mremap` moved to another block would be shared twice, or not at all.
             let child = self.child().expect("a place was found for it");
@@ -298,6 +296,8 @@ impl<O: Os> Core<O> {
                 ControlFlow::Continue(())
             });
         }
+        // No device may write to a frame that the child has too. After they are shared: who asks now finds them so.
+        drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Fork, owner: None }));
         let mut idle = 0;
         while self.any_must_come_home() && idle < 2 {
             let mut any = false;

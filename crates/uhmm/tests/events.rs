@@ -19,12 +19,12 @@ use std::{
     sync::atomic::{AtomicBool, Ordering::Relaxed},
 };
 
-use uhmm::PageOutcome;
+use uhmm::{PageOutcome, trace::Why};
 use uhmm_testkit::{Skip, isolated};
 
 use crate::common::kit::{
     Area, BLOCK, End, PAGE, RW, Shape, Via, World, arg, each_way, errno, expect_page, expect_zero, fork_child,
-    has_move, locked_memory_moves, map, peek, pointer, poke, summary, syscall, unmap, wait_for, write_page,
+    has_move, locked_memory_moves, map, peek, pointer, poke, summary, syscall, unmap, virt, wait_for, write_page,
 };
 
 #[test]
@@ -60,6 +60,8 @@ fn partial_munmap_of_a_block_keeps_the_rest() {
             assert_eq!(via.munmap(hole.start, hole.len()), 0);
             world.frames_become(1024 - 500);
             map(hole.start, hole.len(), RW, libc::MAP_FIXED_NOREPLACE);
+            let past = world.mm.residency(virt(hole.page(7)));
+            assert_eq!((past.why, past.for_ms), (Why::Untouched, None), "that was another page");
             hole.check_zero();
             area.part(0..100).check(1);
             area.part(600..1024).check_from(1, 600);
