@@ -33,7 +33,7 @@ use uhmm::{
     device::Cause,
     still::still,
 };
-use uhmm_sys::access;
+use uhmm_sys::{access, dispatch};
 
 use crate::{
     engine, locked, next,
@@ -300,7 +300,8 @@ unsafe extern "C" fn shmat(id: c_int, start: *const c_void, flags: c_int) -> *mu
 /// As for `mlockall(2)`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn mlockall(flags: c_int) -> c_int {
-    if flags & libc::MCL_CURRENT == 0 || !engine::is_running() {
+    // The records of caught system calls are there before an engine is.
+    if flags & libc::MCL_CURRENT == 0 || !(engine::is_running() || dispatch::is_on()) {
         return call_next!(next::MLOCKALL, -1, fn(flags: c_int) -> c_int);
     }
     // To lock the engine's memory would fill all that it has set aside. So what is there is locked mapping by mapping.
