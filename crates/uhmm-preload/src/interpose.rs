@@ -305,6 +305,10 @@ unsafe extern "C" fn mlockall(flags: c_int) -> c_int {
         return call_next!(next::MLOCKALL, -1, fn(flags: c_int) -> c_int);
     }
     // To lock the engine's memory would fill all that it has set aside. So what is there is locked mapping by mapping.
+    if let Err(errno) = locked::check_limit() {
+        set_errno(errno.raw_os_error());
+        return -1;
+    }
     let rest = flags & !libc::MCL_CURRENT;
     if rest & libc::MCL_FUTURE != 0 {
         let call = |flags: c_int| call_next!(next::MLOCKALL, -1, fn(flags: c_int) -> c_int);

@@ -8,27 +8,51 @@
 use uhmm::addr::{PageRange, VirtAddr};
 use uhmm_sys::{Errno, arena, space};
 
-/// Locks every mapping that is not the engine's. `lazily`: pages are locked as they come.
+/// Whether the process may lock all that the program has mapped: as the kernel, by the size of it.
 ///
 /// # Errors
-/// `EPERM`: the process may not lock memory. `ENOMEM`: more than it may lock. What was locked before stays so.
+/// `ENOMEM`: it is more than the limit. `EPERM`: nothing may be locked.
+pub(crate) fn check_limit() -> Result<(), Errno> {
+    let mapped = program_ranges()?.iter().map(|range| range.bytes()).sum::<u64>();
+    match uhmm_sys::limits::memlock() {
+        Some(limit) if mapped > limit && !has_ipc_lock() => Err(if limit == 0 { Errno::PERM } else { Errno::NOMEM }),
+        _ => Ok(()),
+    }
+}
+
+/// Locks every mapping that is not the engine's. `lazily`: pages are locked as they come. As for `mlockall`, mappings that
+/// cannot be filled do not matter, nor those that went meanwhile.
+///
+/// # Errors
+/// `EPERM`: the process may not lock memory. What was locked before stays so.
 pub(crate) fn lock_program(lazily: bool) -> Result<(), Errno> {
-    let text = std::fs::read_to_string("/proc/self/maps").map_err(|_| Errno::NOMEM)?;
     let flags = if lazily { libc::MLOCK_ONFAULT } else { 0 };
-    for line in text.lines() {
-        let Some(range) = program_range(line) else { continue };
+    for range in program_ranges()? {
         let (start, len) = (range.start().get(), range.bytes());
         // SAFETY: changes no bytes.
-        if unsafe { libc::syscall(libc::SYS_mlock2, start, len, flags) } != 0 {
-            match std::io::Error::last_os_error().raw_os_error().map(Errno::from_raw_os_error) {
-                // `mlockall` minds neither mappings that cannot be filled (`ENOMEM`) nor those that went meanwhile.
-                Some(Errno::NOMEM) if may_lock(len) => {}
-                Some(errno @ (Errno::PERM | Errno::NOMEM)) => return Err(errno),
-                _ => {}
-            }
+        if unsafe { libc::syscall(libc::SYS_mlock2, start, len, flags) } != 0
+            && std::io::Error::last_os_error().raw_os_error() == Some(libc::EPERM)
+        {
+            return Err(Errno::PERM);
         }
     }
     Ok(())
+}
+
+/// Whether the limit does not apply.
+fn has_ipc_lock() -> bool {
+    const CAP_IPC_LOCK: u32 = 14;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective
+        .and_then(|text| u64::from_str_radix(text.trim(), 16).ok())
+        .is_some_and(|caps| caps >> CAP_IPC_LOCK & 1 != 0)
+}
+
+/// What the program has mapped.
+fn program_ranges() -> Result<Vec<PageRange>, Errno> {
+    let text = std::fs::read_to_string("/proc/self/maps").map_err(|_| Errno::NOMEM)?;
+    Ok(text.lines().filter_map(program_range).collect())
 }
 
 /// The range of a line of `/proc/self/maps`, where it is the program's.
@@ -41,9 +65,4 @@ fn program_range(line: &str) -> Option<PageRange> {
     // The kernel's own mappings cannot be locked, and need not be.
     let other = ["[vvar", "[vdso]", "[vsyscall]"].iter().any(|name| rest.contains(name));
     (!engines && !other).then_some(range)
-}
-
-/// Whether the process may lock `bytes` more, as far as its limit says.
-fn may_lock(bytes: u64) -> bool {
-    uhmm_sys::limits::memlock().is_none_or(|limit| bytes <= limit)
 }
