@@ -150,8 +150,8 @@ impl<O: Os> Core<O> {
                     }
                 }
             };
-            self.drop_pages(part, reader);
             self.forget_histories(part);
+            self.drop_pages(part, reader);
             at = part.end();
         }
     }

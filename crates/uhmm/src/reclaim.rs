@@ -18,7 +18,7 @@ use std::{
         AtomicU64,
         Ordering::{Acquire, Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use uhmm_sys::{
@@ -128,8 +128,8 @@ impl<O: Os> Core<O> {
             // What the program may add until the next look counts as there already.
             let growth = rss.saturating_sub(last_rss).min(limit / 4);
             last_rss = rss;
-            let behind = rss.saturating_sub(limit.saturating_add(limit / 16 + (8 << 20)));
-            self.reclaim_is_behind.store(behind != 0, Relaxed);
+            let behind = rss > limit.saturating_add(limit / 16 + (8 << 20));
+            self.reclaim_is_behind.store(behind, Relaxed);
             // Some more than is over, so that there is room for a while.
             let over = (rss + growth + limit / 32).saturating_sub(limit);
             if over <= limit / 32 {
@@ -138,35 +138,22 @@ impl<O: Os> Core<O> {
             }
             self.wait_thawed();
             self.refresh_excluded(&mut ctx);
-            let worked = self.reclaim(&mut ctx, &mut state, over, over.saturating_sub(behind), limit, rss > limit);
+            let worked = self.reclaim(&mut ctx, &mut state, over, limit, rss > limit);
             if !worked {
                 std::thread::sleep(TICK);
             }
         }
     }
 
-    /// Frees about `over` bytes of RAM; when only `enough` are left to be freed, faults need not wait any more. Returns
+    /// Frees about `over` bytes of RAM, or fewer in [`TICK`]: then it is time to look again how many there are. Returns
     /// whether anything moved.
-    fn reclaim(
-        &'static self,
-        ctx: &mut Ctx,
-        state: &mut Reclaim,
-        over: u64,
-        enough: u64,
-        limit: u64,
-        urgent: bool,
-    ) -> bool {
+    fn reclaim(&'static self, ctx: &mut Ctx, state: &mut Reclaim, over: u64, limit: u64, urgent: bool) -> bool {
+        let start = Instant::now();
         let mut need = over / PAGE_SIZE;
         let mut worked = false;
         // What could not move a tick ago may be able to now.
         state.idle_rounds = 0;
-        for _ in 0..256 {
-            if need <= enough / PAGE_SIZE {
-                self.reclaim_is_behind.store(false, Relaxed);
-            }
-            if need == 0 {
-                break;
-            }
+        while need != 0 && start.elapsed() < TICK {
             // Something stands in the queue at all times, so that what leaves for good has been tried first.
             let tried = limit / TRIAL_SHARE / PAGE_SIZE;
             if u64::from(self.staging.standing()) < tried && state.idle_rounds < MOST_ROUNDS {
