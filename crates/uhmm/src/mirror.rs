@@ -520,6 +520,15 @@ impl<O: Os> Core<O> {
                 Access::Read => self.os.populate_read(range),
                 Access::Write | Access::Atomic => self.os.populate_write(range),
             };
+            if populated == Err(Errno::INVAL) && attempt < POPULATE_ATTEMPTS {
+                // The kernel's answer where the mapping does not allow it, as it may for a moment.
+                self.check_access(range.start(), access).map_err(|error| match error {
+                    FaultError::NoVma { .. } => Errno::NOMEM,
+                    _ => Errno::ACCESS,
+                })?;
+                attempt += 1;
+                continue;
+            }
             let block = self.blocks.find(range.start());
             let (Err(Errno::FAULT), Some(block)) = (populated, block) else { return populated };
             if self.os.serves_kernel_faults() || attempt == POPULATE_ATTEMPTS {
