@@ -83,8 +83,6 @@ pub(crate) struct Core<O: Os> {
     /// The processes that share devices with this one, and which of them it is.
     pub(crate) family: Family,
     pub(crate) member: Member,
-    /// Where the child of the fork under way will be in the family.
-    pub(crate) unborn: Mutex<Option<Member>>,
     pub(crate) notifiers: &'static Notifiers<NOTIFIERS>,
     pub(crate) stats: Stats,
     pub(crate) lifts: Lifts,
@@ -172,7 +170,6 @@ impl<O: Os> Core<O> {
             devices: Devices::default(),
             family,
             member,
-            unborn: Mutex::new(None),
             notifiers: arena::value(Notifiers::new(NOTIFIER_WAIT))?,
             stats,
             lifts,

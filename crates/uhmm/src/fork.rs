@@ -64,8 +64,8 @@ use crate::{
 pub(crate) enum Sharing {
     /// They come home.
     Home,
-    /// Their frames are shared, where the device can.
-    Shared,
+    /// Their frames are shared, where the device can, with a child that will have this place in the family.
+    Shared(Member),
 }
 
 static REGISTERED: OnceLock<bool> = OnceLock::new();
@@ -107,29 +107,13 @@ extern "C" fn prepare() {
     }
     let under_way = mm::current().map(|(core, threads)| {
         // The child needs a userfaultfd at once; a thread that has dropped its privileges may not be able to get one.
-        let mut sharing = match threads {
-            mm::Threads::Hidden if LinuxMm::can_open() => Sharing::Shared,
-            mm::Threads::Hidden | mm::Threads::Ordinary => Sharing::Home,
+        let place = match threads {
+            mm::Threads::Hidden if LinuxMm::can_open() => prepare_to_share(core),
+            mm::Threads::Hidden | mm::Threads::Ordinary => None,
         };
-        if sharing == Sharing::Shared {
-            let engine_thread = core.call(Request::EngineThread, |_, reply| match reply {
-                Reply::Thread(id) => id,
-                reply => unreachable!("{reply:?} is no answer to who the engine is"),
-            });
-            core.devices.for_each(|entry| {
-                if entry.survives_fork() && entry.device().before_fork(engine_thread).is_err() {
-                    sharing = Sharing::Home;
-                }
-            });
-            let place = if sharing == Sharing::Shared { core.family.conceive() } else { None };
-            if place.is_none() {
-                sharing = Sharing::Home;
-                end_fork(core);
-            }
-            core.expect_child(place);
-        }
+        let sharing = place.map_or(Sharing::Home, Sharing::Shared);
         core.call(Request::ForkPrepare { sharing }, |_, _| ());
-        if sharing == Sharing::Shared {
+        if place.is_some() {
             // What libc itself touches in the child before it calls us.
             fork::touch_stdio();
         }
@@ -138,6 +122,24 @@ extern "C" fn prepare() {
     *UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner) = under_way;
     FORKING.store(uhmm_sys::thread::gettid(), Release);
     fork::set_errno(0);
+}
+
+/// Prepares the devices for a child that has their frames too, and finds it a place in the family. `None`: it cannot share
+/// frames, and nothing is prepared.
+fn prepare_to_share(core: &'static Core<LinuxMm>) -> Option<Member> {
+    let engine_thread = core.call(Request::EngineThread, |_, reply| match reply {
+        Reply::Thread(id) => id,
+        reply => unreachable!("{reply:?} is no answer to who the engine is"),
+    });
+    let mut ready = true;
+    core.devices.for_each(|entry| {
+        ready &= !entry.survives_fork() || entry.device().before_fork(engine_thread).is_ok();
+    });
+    let place = if ready { core.family.conceive() } else { None };
+    if place.is_none() {
+        end_fork(core);
+    }
+    place
 }
 
 /// Closes in the calling thread's table what was opened there for the child.
@@ -149,7 +151,7 @@ extern "C" fn parent() {
     let failed = fork::errno();
     let under_way = UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner).take();
     match under_way {
-        Some((core, Sharing::Shared)) => {
+        Some((core, Sharing::Shared(child))) => {
             end_fork(core);
             // The event of the fork was read; until it is applied, it must be known whose it is.
             core.gate.wait_open();
@@ -158,7 +160,7 @@ extern "C" fn parent() {
                 // Not a job: the movers may all be waiting for just this.
                 core.thaw();
             } else {
-                core.call(Request::ForkFailed, |_, _| ());
+                core.call(Request::ForkFailed { child }, |_, _| ());
             }
         }
         Some((core, Sharing::Home)) => core.thaw(),
@@ -176,13 +178,13 @@ extern "C" fn child() {
     FORKING.store(0, Release);
     TURN.store(false, Release);
     mm::forget();
-    if let Some((core, Sharing::Shared)) = under_way {
+    if let Some((core, Sharing::Shared(member))) = under_way {
         if core.count_away(whole_space()) == 0 && core.homecomings.is_empty() {
             // It has no part in any frame.
-            core.family.release(core.child().expect("a place was found for it"));
+            core.family.release(member);
         } else {
             core.devices.for_each(|entry| entry.device().after_fork_in_child());
-            if let Err(error) = mm::take_over(core) {
+            if let Err(error) = mm::take_over(core, member) {
                 // Going on would read zeros where the bytes are away.
                 fork::die(&format!("uhmm: a forked child cannot take its memory over: {error}\n"));
             }
@@ -277,17 +279,16 @@ impl<O: Os> Core<O> {
         self.stats.add(Counter::Forks, 1);
         self.homecomings.begin();
         self.freeze();
-        if sharing == Sharing::Home {
+        let Sharing::Shared(child) = sharing else {
             self.range_home(ctx, whole_space(), Why::Fork, &mut |_, _| {});
             self.poison_all(ctx);
             // What stays in host memory belongs to the child too: devices ask anew what they may do to it.
             drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Fork, owner: None }));
             return;
-        }
+        };
         self.share(true);
         {
             // No event is applied meanwhile: a page that `mremap` moved to another block would be shared twice, or not at all.
-            let child = self.child().expect("a place was found for it");
             let _reader = self.lock_reader();
             self.blocks.for_each(whole_space(), |block| {
                 if block.away() != 0 {
@@ -362,8 +363,7 @@ impl<O: Os> Core<O> {
     }
 
     /// Takes the references back that were added for a child that does not exist.
-    pub(crate) fn unshare_frames(&'static self) {
-        let child = self.child().expect("a place was found for it");
+    pub(crate) fn unshare_frames(&'static self, child: Member) {
         let give_back = |device, pfn| {
             if let Some(entry) = self.devices.get(device) {
                 entry.free_of(child, frame_run(pfn, 1));
@@ -390,20 +390,11 @@ impl<O: Os> Core<O> {
         self.family.release(child);
     }
 
-    /// Says where the child of the fork under way will be in the family, if it is to share frames.
-    fn expect_child(&self, place: Option<Member>) {
-        *self.unborn.lock().unwrap_or_else(PoisonError::into_inner) = place;
-    }
-
-    fn child(&self) -> Option<Member> {
-        *self.unborn.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// In a forked child: the parent's address space as the child's, on a seam of its own. No engine thread runs yet.
-    pub(crate) fn inherit(parent: &Self, os: O) -> Result<Self, Errno> {
+    pub(crate) fn inherit(parent: &Self, member: Member, os: O) -> Result<Self, Errno> {
         let staging: Staging = parent.staging.inherit()?;
         let fork = parent.homecomings.fork();
-        let member = (parent.family, parent.child().expect("a place was found for it"));
+        let member = (parent.family, member);
         let lifts = parent.lifts.inherit();
         let core = Self::assemble(os, parent.blocks.inherit(), staging, lifts, parent.stats, member, fork)?;
         let mut failed = None;

@@ -21,6 +21,7 @@ use crate::{
     device::{Device, DeviceId},
     device_table::{Access, Pte},
     engine::JOB_PAGES,
+    family::Member,
     migrate::Plan,
     mirror::{DeviceFaultPolicy, FaultError},
     mm::{Role, Threads},
@@ -68,7 +69,7 @@ pub(crate) enum Request {
     /// Prepare for a fork: with everything home, or with frames shared where the device can.
     ForkPrepare { sharing: crate::fork::Sharing },
     /// A fork that was prepared with sharing failed.
-    ForkFailed,
+    ForkFailed { child: Member },
     /// Which thread answers. It gives back first what ended processes held.
     EngineThread,
     /// Start one more thread of the engine: only those that one of its own makes have its files.

@@ -35,6 +35,7 @@ use crate::{
     device_table::{Access, DeviceTable, Pte},
     devices::Entry,
     engine::{Config, Core, JOB_PAGES, job_pieces},
+    family::Member,
     job::{DeviceRef, Job, Reply, Request},
     linux::LinuxMm,
     migrate::{Holes, OtherDevices, PageOutcome, Plan, ResidencyRule},
@@ -156,8 +157,8 @@ static PROCESSES: [Process; 64] = [const {
 #[derive(Clone, Copy)]
 enum Start {
     Afresh(Setup),
-    /// In a forked child, from its copy of the parent's.
-    TakeOver(&'static Core<LinuxMm>),
+    /// In a forked child, from its copy of the parent's, and where it is in the family.
+    TakeOver(&'static Core<LinuxMm>, Member),
 }
 
 fn process() -> &'static Process {
@@ -897,14 +898,14 @@ fn starter_main() {
 fn set_up(start: Start) -> Result<&'static Core<LinuxMm>, StartError> {
     let (threads, movers) = match start {
         Start::Afresh(setup) => (setup.threads, setup.config.movers),
-        Start::TakeOver(_) => (Threads::Hidden, Config::default().movers),
+        Start::TakeOver(..) => (Threads::Hidden, Config::default().movers),
     };
     match start {
         Start::Afresh(_) if threads == Threads::Ordinary => {}
         // The caller's: see `Threads::Hidden`.
         Start::Afresh(_) => thread::unshare_files().map_err(StartError::Thread)?,
         // The caller is the program.
-        Start::TakeOver(parent) => own_files(parent).map_err(StartError::Thread)?,
+        Start::TakeOver(parent, _) => own_files(parent).map_err(StartError::Thread)?,
     }
     let os = LinuxMm::open()?;
     let core = match start {
@@ -915,14 +916,14 @@ fn set_up(start: Start) -> Result<&'static Core<LinuxMm>, StartError> {
             };
             Core::new(os, &setup.config, stats)
         }
-        Start::TakeOver(parent) => Core::inherit(parent, os),
+        Start::TakeOver(parent, member) => Core::inherit(parent, member, os),
     };
     let core: &'static Core<LinuxMm> = core.and_then(arena::value).map_err(StartError::Memory)?;
     if threads == Threads::Hidden {
         // This thread becomes a mover, and lives as long as the process.
         core.family.watch(core.member).map_err(StartError::Memory)?;
     }
-    if let Start::TakeOver(parent) = start {
+    if let Start::TakeOver(parent, _) = start {
         core.adopt(parent).map_err(StartError::Memory)?;
     }
     *lock(&process().running) = Some(core);
@@ -967,9 +968,9 @@ pub(crate) fn forget() {
 }
 
 /// In a forked child: takes over the pages that are away, with an engine of the child's own.
-pub(crate) fn take_over(parent: &'static Core<LinuxMm>) -> Result<(), StartError> {
+pub(crate) fn take_over(parent: &'static Core<LinuxMm>, member: Member) -> Result<(), StartError> {
     let mut current = lock(&process().current);
-    let core = launch(Start::TakeOver(parent), Threads::Hidden)?;
+    let core = launch(Start::TakeOver(parent, member), Threads::Hidden)?;
     *current = Current { core: Some(core), threads: Threads::Hidden, users: 1 };
     Ok(())
 }

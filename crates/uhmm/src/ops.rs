@@ -108,8 +108,8 @@ impl<O: Os> Core<O> {
                 self.prepare_fork(ctx, sharing);
                 Reply::Done
             }
-            Request::ForkFailed => {
-                self.unshare_frames();
+            Request::ForkFailed { child } => {
+                self.unshare_frames(child);
                 self.thaw();
                 Reply::Done
             }
