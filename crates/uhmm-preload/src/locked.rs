@@ -6,7 +6,7 @@
 // UNSAFETY: locks mappings by their numbers.
 
 use uhmm::addr::{PageRange, VirtAddr};
-use uhmm_sys::{Errno, arena, space};
+use uhmm_sys::{Errno, arena, limits, space};
 
 /// Whether the process may lock all that the program has mapped: as the kernel, by the size of it.
 ///
@@ -14,8 +14,10 @@ use uhmm_sys::{Errno, arena, space};
 /// `ENOMEM`: it is more than the limit. `EPERM`: nothing may be locked.
 pub(crate) fn check_limit() -> Result<(), Errno> {
     let mapped = program_ranges()?.iter().map(|range| range.bytes()).sum::<u64>();
-    match uhmm_sys::limits::memlock() {
-        Some(limit) if mapped > limit && !has_ipc_lock() => Err(if limit == 0 { Errno::PERM } else { Errno::NOMEM }),
+    match limits::memlock() {
+        Some(limit) if mapped > limit && !limits::has_ipc_lock() => {
+            Err(if limit == 0 { Errno::PERM } else { Errno::NOMEM })
+        }
         _ => Ok(()),
     }
 }
@@ -37,16 +39,6 @@ pub(crate) fn lock_program(lazily: bool) -> Result<(), Errno> {
         }
     }
     Ok(())
-}
-
-/// Whether the limit does not apply.
-fn has_ipc_lock() -> bool {
-    const CAP_IPC_LOCK: u32 = 14;
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    effective
-        .and_then(|text| u64::from_str_radix(text.trim(), 16).ok())
-        .is_some_and(|caps| caps >> CAP_IPC_LOCK & 1 != 0)
 }
 
 /// What the program has mapped.

@@ -64,6 +64,22 @@ pub fn memlock() -> Option<u64> {
     rlimit(libc::RLIMIT_MEMLOCK)
 }
 
+/// Whether `CAP_IPC_LOCK` is effective, with which [`memlock`] does not count.
+#[must_use]
+pub fn has_ipc_lock() -> bool {
+    const CAP_IPC_LOCK: u32 = 14;
+    has_capability(CAP_IPC_LOCK)
+}
+
+/// Whether the capability number `n` is effective.
+pub(crate) fn has_capability(n: u32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
+        .is_some_and(|caps| caps >> n & 1 != 0)
+}
+
 /// CPUs that the calling thread may run on; at least 1.
 #[must_use]
 pub fn online_cpus() -> usize {

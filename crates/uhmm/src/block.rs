@@ -264,7 +264,7 @@ impl Block {
         (packed >> 4, Why::from_bits(packed & 0xf))
     }
 
-    /// Whether the last that happened to page `i` is `why`, and not before `ticks`.
+    /// Whether the last that happened to page `i` is `what`, and not before `ticks`.
     fn happened_since(&self, i: usize, what: Why, ticks: u32) -> bool {
         let (at, why) = self.history(i);
         // Ticks have 28 bits; a time that lies more than half of that ahead lies behind.

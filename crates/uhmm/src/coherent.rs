@@ -74,18 +74,14 @@ pub(crate) struct Unmapped {
 const MAP_ATTEMPTS: u32 = 16;
 
 impl<O: Os> Core<O> {
-    /// Where `device` has its frames, if the CPU can reach them.
-    pub(crate) fn coherent_range(&self, device: DeviceId) -> Option<PageRange> {
-        self.devices.get(device)?.coherent_range()
-    }
-
     /// Whether a page of `block` is in a frame that can be mapped.
     pub(crate) fn is_mappable(&self, block: Block, i: usize) -> bool {
         matches!(block.word(i).place(), Place::Device { device, .. } if self.devices.is_coherent(device))
     }
 
+    /// Where a frame is, if the CPU can reach those of its device.
     fn frame_addr(&self, device: DeviceId, pfn: DevPfn) -> Option<VirtAddr> {
-        Some(self.coherent_range(device)?.start().add(pfn.offset()))
+        Some(self.devices.get(device)?.coherent_range()?.start().add(pfn.offset()))
     }
 
     /// Maps pages that have just migrated to a coherent device. Those that cannot be now are mapped when they are touched.
@@ -238,7 +234,7 @@ impl<O: Os> Core<O> {
             let Ok(_inside) = self.gate.enter(ctx.slot) else { return (done, Some(Errno::AGAIN)) };
             let _registration = block.lock_registration();
             // What is at these addresses may have come there by a change that the books do not know yet.
-            if self.os.is_changing() {
+            if self.is_changing() {
                 return (done, Some(Errno::AGAIN));
             }
             let piece = match self.os.vma(rest.start()) {

@@ -97,9 +97,9 @@ impl Entry {
         self.memory.as_ref()?.range
     }
 
-    /// Whether the frames count as anonymous memory of the process, so that a page that goes there frees no RAM.
-    pub(crate) fn is_in_ram(&self) -> bool {
-        self.memory.as_ref().is_some_and(|memory| memory.kind == MemoryKind::Coherent)
+    /// Whether a page may go there, and RAM of the process is freed by it: coherent memory is anonymous memory of its own.
+    pub(crate) fn frees_ram(&self) -> bool {
+        self.is_live() && self.memory.as_ref().is_some_and(|memory| memory.kind != MemoryKind::Coherent)
     }
 
     /// Whether a forked child can use the frames.

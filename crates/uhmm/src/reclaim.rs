@@ -31,6 +31,7 @@ use uhmm_sys::{
 use crate::{
     block::{Block, Place},
     device::DeviceId,
+    devices::Entry,
     engine::Core,
     migrate::{Holes, OtherDevices, Outcomes, PageOutcome, Plan, ResidencyRule, refusal},
     os::Os,
@@ -39,8 +40,8 @@ use crate::{
     trace::Why,
 };
 
-/// Whether policies move memory of this mapping: not read-only memory, which cannot be moved atomically (see
-/// [`crate::freeze`]), and not the main thread's stack, whose bounds programs read from `/proc/self/maps`.
+/// Whether policies move memory of this mapping: not read-only memory, which takes the long way out (see
+/// [`crate::lift`]), and not the main thread's stack, whose bounds programs read from `/proc/self/maps`.
 fn is_for_policies(vma: &Vma) -> bool {
     refusal(vma).is_none() && vma.prot.contains(Prot::WRITE) && vma.backing != Backing::Stack
 }
@@ -209,8 +210,7 @@ impl<O: Os> Core<O> {
     fn roomy_device(&self, pages: usize) -> Option<DeviceId> {
         let mut found = None;
         self.devices.for_each(|entry| {
-            let room =
-                entry.is_live() && !entry.is_in_ram() && entry.pgmap().is_some_and(|map| map.free() as usize >= pages);
+            let room = entry.frees_ram() && entry.pgmap().is_some_and(|map| map.free() as usize >= pages);
             if found.is_none() && room {
                 found = Some(entry.id());
             }
@@ -256,7 +256,7 @@ impl<O: Os> Core<O> {
             if rest.is_empty() {
                 break;
             }
-            if self.devices.get(device).is_none_or(|e| !e.is_live() || e.is_in_ram() || e.pgmap().is_none()) {
+            if !self.devices.get(device).is_some_and(Entry::frees_ram) {
                 continue;
             }
             out += self.push_staged(block, device, &rest, Why::Cold) as u64;

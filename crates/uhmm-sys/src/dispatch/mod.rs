@@ -525,14 +525,12 @@ fn ends_before(at: u64, end: u64) -> bool {
 
 /// Whether these bytes are in use on the thread's own stack, so that they can be touched directly.
 fn is_on_stack(own: &Slot, sp: u64, start: u64, len: u64) -> bool {
-    let Some(end) = start.checked_add(len) else { return false };
     // The first bytes below the stack pointer belong to the function that has it.
     start >= sp.saturating_sub(128)
         && PageRange::covering(VirtAddr::new(start), len).is_ok_and(|range| {
             own.is_fixed(range)
                 && PageRange::from_ends(VirtAddr::new(sp).page(), range.end()).is_ok_and(|all| own.is_fixed(all))
         })
-        && end >= start
 }
 
 /// Reads words of the program. `false` where they cannot be read.
@@ -640,17 +638,10 @@ fn review(own: &'static Slot, call: &'static Call, registers: &mut Registers<'_>
     let nr = call.nr.load(Relaxed);
     let failed = answer > u64::MAX - 4095;
     let fault = i64::from(-libc::EFAULT).cast_unsigned();
-    if answer == fault && !makes_threads(nr) && call.tries.fetch_add(1, Relaxed) == 0 {
+    if answer == fault && pager().is_some() && !makes_threads(nr) && call.tries.fetch_add(1, Relaxed) == 0 {
         let mut memory = Held { own, call, sp: registers.get(libc::REG_RSP) };
-        for arg in args {
-            let start = arg & !(PAGE_SIZE - 1);
-            if pager().is_some() {
-                memory.hold(start, AROUND);
-            }
-        }
-        if pager().is_some() {
-            return go(call, entry::make_call(), args, registers);
-        }
+        args.into_iter().for_each(|arg| memory.hold(arg & !(PAGE_SIZE - 1), AROUND));
+        return go(call, entry::make_call(), args, registers);
     }
     if nr == libc::SYS_mremap.cast_unsigned()
         && !failed

@@ -290,10 +290,7 @@ pub(super) fn thp() -> Found {
 /// Whether `CAP_SYS_PTRACE` is effective.
 pub(super) fn has_sys_ptrace() -> bool {
     const CAP_SYS_PTRACE: u32 = 19;
-    read("/proc/self/status")
-        .lines()
-        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
-        .is_some_and(|caps| caps >> CAP_SYS_PTRACE & 1 != 0)
+    crate::limits::has_capability(CAP_SYS_PTRACE)
 }
 
 pub(super) fn sys_ptrace() -> Found {
