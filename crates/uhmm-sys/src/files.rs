@@ -34,6 +34,8 @@ const NONE: RawFd = -1;
 
 /// A file that the engine's threads use, in this process and in those forked from it. Never closed.
 ///
+/// Because it is never closed, it tells when a process has ended, or executes another program: see [`EngineFile::claim`].
+///
 /// # Invariants
 /// `number` is open in the engine's table of the process that looks at it, from [`EngineFile::take_over`] and the start of
 /// that process's engine on.
@@ -52,6 +54,17 @@ impl EngineFile {
         Self { number: AtomicI32::new(file.into_raw_fd()), handed: AtomicI32::new(NONE) }
     }
 
+    /// A file of no bytes, in memory.
+    ///
+    /// # Errors
+    /// `EMFILE`, `ENFILE`, `ENOMEM`.
+    ///
+    /// # Kernel
+    /// `memfd_create(2)`.
+    pub fn empty(name: &CStr) -> Result<Self, Errno> {
+        rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).map(Self::new)
+    }
+
     /// Opens the file once more in the calling thread's table, which a child about to be forked will have a copy of.
     ///
     /// `engine_thread` is the id of a thread of this process with the engine's table.
@@ -66,6 +79,42 @@ impl EngineFile {
         let handed = raw::open(path.as_c_str(), libc::O_RDWR)?;
         self.handed.store(handed.into_raw_fd(), Release);
         Ok(())
+    }
+
+    /// Has this process claim byte `at` for as long as it has the file. A claim is told from others' by the file having been
+    /// opened more than once, as [`EngineFile::hand_over`] does.
+    ///
+    /// # Errors
+    /// `EAGAIN`: another has it. `ENOLCK`: no memory.
+    ///
+    /// # Kernel
+    /// `F_OFD_SETLK`, see `fcntl(2)`. No byte need be there.
+    pub fn claim(&self, at: u64) -> Result<(), Errno> {
+        record_lock(self.as_fd(), libc::F_OFD_SETLK, at).map(drop)
+    }
+
+    /// As [`EngineFile::claim`], for the child that is about to be forked: what was handed over has the claim.
+    ///
+    /// # Errors
+    /// As [`EngineFile::claim`]; `EBADF`: nothing was handed over.
+    pub fn claim_for_child(&self, at: u64) -> Result<(), Errno> {
+        let handed = self.handed.load(Acquire);
+        if handed == NONE {
+            return Err(Errno::BADF);
+        }
+        // SAFETY: opened by `hand_over` in this table, and closed by `end_fork` on this thread.
+        record_lock(unsafe { BorrowedFd::borrow_raw(handed) }, libc::F_OFD_SETLK, at).map(drop)
+    }
+
+    /// Whether another has a claim to byte `at`, and lives. For threads with the engine's table.
+    ///
+    /// # Errors
+    /// None is known.
+    ///
+    /// # Kernel
+    /// `F_OFD_GETLK`, see `fcntl(2)`.
+    pub fn is_claimed(&self, at: u64) -> Result<bool, Errno> {
+        record_lock(self.as_fd(), libc::F_OFD_GETLK, at).map(|lock| i32::from(lock.l_type) != libc::F_UNLCK)
     }
 
     /// In the child, where the calling thread's table holds what was handed over: uses that from now on.
@@ -93,6 +142,21 @@ impl AsFd for EngineFile {
         // SAFETY: open in the engine's table by the type's invariant, and never closed there.
         unsafe { BorrowedFd::borrow_raw(self.number.load(Acquire)) }
     }
+}
+
+/// Asks for an exclusive lock of byte `at`, and returns what the kernel says of it.
+fn record_lock(file: BorrowedFd<'_>, command: i32, at: u64) -> Result<libc::flock, Errno> {
+    let (l_type, l_whence) = (i16::try_from(libc::F_WRLCK), i16::try_from(libc::SEEK_SET));
+    let mut lock = libc::flock {
+        l_type: l_type.expect("a small number"),
+        l_whence: l_whence.expect("a small number"),
+        l_start: i64::try_from(at).map_err(|_| Errno::INVAL)?,
+        l_len: 1,
+        l_pid: 0,
+    };
+    // SAFETY: the structure of these commands; they change no memory but it.
+    unsafe { raw::syscall(libc::SYS_fcntl, [raw::fd_arg(file), raw::arg(command), raw::ptr_arg(&raw mut lock)]) }?;
+    Ok(lock)
 }
 
 /// The path of another thread's descriptor, without allocation: a fork may be under way.
@@ -240,6 +304,21 @@ mod tests {
             assert_eq!(reader.read(&mut [0]).unwrap(), 0);
             drop(ask);
         });
+    }
+
+    #[test]
+    fn a_claim_lasts_as_long_as_what_was_handed_over() {
+        let file = EngineFile::empty(c"claims").unwrap();
+        file.claim(0).unwrap();
+        assert_eq!(file.claim_for_child(1), Err(Errno::BADF));
+        file.hand_over(thread::gettid()).unwrap();
+        assert_eq!(file.claim_for_child(0), Err(Errno::AGAIN));
+        file.claim_for_child(1).unwrap();
+        // One's own is no other's.
+        assert_eq!([0, 1, 2].map(|at| file.is_claimed(at)), [Ok(false), Ok(true), Ok(false)]);
+        file.end_fork();
+        assert_eq!(file.is_claimed(1), Ok(false));
+        assert_eq!(file.is_claimed(u64::MAX), Err(Errno::INVAL));
     }
 
     #[test]

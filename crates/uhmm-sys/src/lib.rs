@@ -13,7 +13,6 @@
 //! area              ordinary memory to measure with
 //! thread, tls       threads whose stacks cannot be away
 //! fence, futex      ordering and waiting
-//! robust            what is left when a thread has ended
 //! probe             what this kernel lets this process do; the mask for tests
 //! limits, exclude   what the engine must live within, and what it must leave alone
 //! dispatch          the program's system calls, caught where the kernel's faults are not served
@@ -40,7 +39,6 @@ pub mod mem;
 pub mod pagemap;
 pub mod probe;
 mod raw;
-pub mod robust;
 pub mod signal;
 pub mod space;
 pub mod thread;

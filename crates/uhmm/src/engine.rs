@@ -264,10 +264,7 @@ impl<O: Os> Core<O> {
     /// Gives back what processes of the family held that have ended. Returns how many frames' references that were.
     pub(crate) fn sweep(&self) -> u32 {
         let mut count = 0;
-        while let Some(dead) = self.family.bury() {
-            self.devices.for_each(|entry| count += entry.sweep(dead));
-            self.family.release(dead);
-        }
+        self.family.bury(self.member, |dead| self.devices.for_each(|entry| count += entry.sweep(dead)));
         count
     }
 

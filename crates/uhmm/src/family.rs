@@ -1,33 +1,29 @@
 //! Who holds which frames, in a family of processes that share devices after forks.
 //!
 //! A process that ends has no time to give its frames back: it is killed, calls `_exit`, or executes another program. So
-//! each process of a family is a *member*, with a word that the kernel marks when the member ends, and for each device a
-//! *ledger* in shared memory: a bit for each frame that the member has a reference to. Whoever finds a member dead gives
-//! its references back.
+//! each process of a family is a *member*, with a claim that ends with the process, and for each device a *ledger* in
+//! shared memory: a bit for each frame that the member has a reference to. Whoever finds a member's claim gone gives its
+//! references back.
 //!
 //! ```text
-//!         fork prepared        the child has taken over        its end             somebody sweeps
-//!  free --------------> unborn ------------------------> alive -------> dead ------------------> free
-//!    ^                    |                                               (the kernel)
-//!    +--------------------+ the fork failed, or nothing was away
+//!        fork prepared: claimed                     its end: no claim         somebody sweeps
+//!  free ------------------------> taken (claimed) ---------------------> taken ---------------> free
+//!    ^                              |
+//!    +------------------------------+ the fork failed, or nothing was away
 //! ```
+//!
+//! The claim is a lock that belongs to an open file (see [`EngineFile::claim`]), made before the fork and handed to the child: it
+//! has it from its first instant on.
 //!
 //! A bit is set after the reference is taken and cleared before it is put. So a process that dies between the two loses
 //! a reference, a run of one allocation's at most, and never is one put twice.
-//!
-//! # Not supported
-//! A child that is killed before its engine runs, in its first milliseconds, stays unborn, and its frames stay in use until
-//! the family has ended: nothing tells that it is not merely slow.
 
 use std::sync::atomic::{
     AtomicU32, AtomicU64,
     Ordering::{AcqRel, Acquire, Release},
 };
 
-use uhmm_sys::{
-    Errno, mem,
-    robust::{self, OWNER_DIED, TID_MASK},
-};
+use uhmm_sys::{Errno, arena, files::EngineFile, mem};
 
 use crate::device::{DevPfn, FrameRun};
 
@@ -35,44 +31,50 @@ use crate::device::{DevPfn, FrameRun};
 pub(crate) const MEMBERS: usize = 64;
 
 const FREE: u32 = 0;
-// No thread has one of these ids.
-const UNBORN: u32 = TID_MASK;
-const SWEPT: u32 = TID_MASK - 1;
-/// Alive for all that is known: its engine's threads are libc's.
-const UNWATCHED: u32 = TID_MASK - 2;
+const TAKEN: u32 = 1;
+/// In the hands of whoever makes it, or looks whether it lives.
+const HELD: u32 = 2;
 
 /// A process of a family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Member(usize);
 
-/// The members' words.
+/// The members' places.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Family {
     words: &'static [AtomicU32],
+    claims: &'static EngineFile,
 }
 
 impl Family {
-    /// A family of one, which is returned.
+    /// A family of one, which is returned. To be called with the engine's files.
+    ///
+    /// # Errors
+    /// `ENOMEM`; `EMFILE`, `ENFILE`.
     pub(crate) fn new() -> Result<(Self, Member), Errno> {
-        let family = Self { words: mem::shared_slice(MEMBERS)? };
-        family.words[0].store(UNWATCHED, Release);
+        let claims = arena::value(EngineFile::empty(c"uhmm-family")?)?;
+        let family = Self { words: mem::shared_slice(MEMBERS)?, claims };
+        claims.claim(0)?;
+        family.words[0].store(TAKEN, Release);
         Ok((family, Member(0)))
     }
 
-    /// Has the kernel mark `member`, which is this process, when it ends.
-    ///
-    /// # Errors
-    /// `ENOMEM`: the arena is full. Then its end goes unnoticed.
-    ///
-    /// # Locking
-    /// To be called on an engine thread that libc does not know, and that lives as long as the process.
-    pub(crate) fn watch(&self, member: Member) -> Result<(), Errno> {
-        robust::mark_at_death(&self.words[member.0])
+    /// What tells which members live.
+    pub(crate) const fn claims(&self) -> &'static EngineFile {
+        self.claims
     }
 
-    /// A place for a child. `None`: there are too many members.
-    pub(crate) fn conceive(&self) -> Option<Member> {
-        self.find(FREE, UNBORN)
+    /// A place for a child that is about to be forked by the calling thread. `None`: there are too many members, or the claim
+    /// cannot be handed over. The caller ends what was handed over in any case ([`EngineFile::end_fork`]).
+    pub(crate) fn conceive(&self, engine_thread: u32) -> Option<Member> {
+        self.claims.hand_over(engine_thread).ok()?;
+        self.words.iter().enumerate().find_map(|(n, word)| {
+            word.compare_exchange(FREE, HELD, AcqRel, Acquire).ok()?;
+            // Where a process forked but never was a member, a copy of the claim may last a moment longer.
+            let claimed = self.claims.claim_for_child(n as u64).is_ok();
+            word.store(if claimed { TAKEN } else { FREE }, Release);
+            claimed.then_some(Member(n))
+        })
     }
 
     /// Gives the place of a child back that holds no frames.
@@ -80,18 +82,27 @@ impl Family {
         self.words[member.0].store(FREE, Release);
     }
 
-    /// A dead member. The caller gives its frames back, and then its place.
-    pub(crate) fn bury(&self) -> Option<Member> {
-        self.find(OWNER_DIED, SWEPT)
+    /// Calls `f` for each dead member, to give its frames back; its place is free then. `me` is the caller's.
+    ///
+    /// # Locking
+    /// To be called with the engine's files.
+    pub(crate) fn bury(&self, me: Member, mut f: impl FnMut(Member)) {
+        for (n, word) in self.words.iter().enumerate() {
+            // Held first: where it is swept by somebody else meanwhile, and taken anew, this would be about another.
+            if n == me.0 || word.compare_exchange(TAKEN, HELD, AcqRel, Acquire).is_err() {
+                continue;
+            }
+            let dead = self.claims.is_claimed(n as u64) == Ok(false);
+            if dead {
+                f(Member(n));
+            }
+            word.store(if dead { FREE } else { TAKEN }, Release);
+        }
     }
 
     /// Whether others than `member` live, or have.
     pub(crate) fn has_others(&self, member: Member) -> bool {
         self.words.iter().enumerate().any(|(n, word)| n != member.0 && word.load(Acquire) != FREE)
-    }
-
-    fn find(&self, from: u32, to: u32) -> Option<Member> {
-        self.words.iter().position(|word| word.compare_exchange(from, to, AcqRel, Acquire).is_ok()).map(Member)
     }
 }
 
@@ -207,13 +218,32 @@ mod tests {
 
     #[test]
     fn places_are_few_and_used_again() {
+        let me = uhmm_sys::thread::gettid();
+        arena::init(64 << 20).unwrap();
         let (family, first) = Family::new().unwrap();
         assert!(!family.has_others(first));
-        let others: Vec<Member> = std::iter::from_fn(|| family.conceive()).collect();
-        assert_eq!(others.len(), MEMBERS - 1);
-        assert_eq!(family.bury(), None);
-        family.release(others[7]);
-        assert_eq!(family.conceive(), Some(others[7]));
+        // Each claim stays, as if a child had it.
+        let others: Vec<Member> = (1..MEMBERS).map(|_| family.conceive(me).unwrap()).collect();
+        let last = others[MEMBERS - 2];
+        family.claims().end_fork();
+        family.release(last);
+        assert_eq!(family.conceive(me), Some(last));
+        assert_eq!(family.conceive(me), None);
         assert!(family.has_others(first));
+    }
+
+    #[test]
+    fn who_has_no_claim_any_more_is_dead() {
+        arena::init(64 << 20).unwrap();
+        let (family, first) = Family::new().unwrap();
+        let child = family.conceive(uhmm_sys::thread::gettid()).unwrap();
+        family.bury(first, |member| panic!("{member:?} lives"));
+        assert!(family.has_others(first));
+        family.claims().end_fork();
+        let mut dead = Vec::new();
+        family.bury(first, |member| dead.push(member));
+        assert_eq!(dead, [child]);
+        assert!(!family.has_others(first));
+        family.bury(first, |member| panic!("{member:?} is buried"));
     }
 }

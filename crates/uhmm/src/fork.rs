@@ -135,7 +135,7 @@ fn prepare_to_share(core: &'static Core<LinuxMm>) -> Option<Member> {
     core.devices.for_each(|entry| {
         ready &= !entry.survives_fork() || entry.device().before_fork(engine_thread).is_ok();
     });
-    let place = if ready { core.family.conceive() } else { None };
+    let place = if ready { core.family.conceive(engine_thread) } else { None };
     if place.is_none() {
         end_fork(core);
     }
@@ -144,6 +144,7 @@ fn prepare_to_share(core: &'static Core<LinuxMm>) -> Option<Member> {
 
 /// Closes in the calling thread's table what was opened there for the child.
 fn end_fork(core: &Core<LinuxMm>) {
+    core.family.claims().end_fork();
     core.devices.for_each(|entry| entry.device().end_fork());
 }
 
@@ -152,7 +153,6 @@ extern "C" fn parent() {
     let under_way = UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner).take();
     match under_way {
         Some((core, Sharing::Shared(child))) => {
-            end_fork(core);
             // The event of the fork was read; until it is applied, it must be known whose it is.
             core.gate.wait_open();
             core.share(false);
@@ -162,6 +162,8 @@ extern "C" fn parent() {
             } else {
                 core.call(Request::ForkFailed { child }, |_, _| ());
             }
+            // The child's claim with it; without one a child that was never born would be taken for a dead one.
+            end_fork(core);
         }
         Some((core, Sharing::Home)) => core.thaw(),
         None => {}
@@ -183,6 +185,7 @@ extern "C" fn child() {
             // It has no part in any frame.
             core.family.release(member);
         } else {
+            core.family.claims().take_over();
             core.devices.for_each(|entry| entry.device().after_fork_in_child());
             if let Err(error) = mm::take_over(core, member) {
                 // Going on would read zeros where the bytes are away.

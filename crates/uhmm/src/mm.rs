@@ -7,7 +7,7 @@
 //! `struct mm_struct` with what `mm/hmm.c` hung on it (`hmm_mm_init()`, `hmm_mm_destroy()`).
 
 use std::{
-    os::fd::AsRawFd,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     sync::{
         Mutex,
         atomic::{
@@ -919,10 +919,6 @@ fn set_up(start: Start) -> Result<&'static Core<LinuxMm>, StartError> {
         Start::TakeOver(parent, member) => Core::inherit(parent, member, os),
     };
     let core: &'static Core<LinuxMm> = core.and_then(arena::value).map_err(StartError::Memory)?;
-    if threads == Threads::Hidden {
-        // This thread becomes a mover, and lives as long as the process.
-        core.family.watch(core.member).map_err(StartError::Memory)?;
-    }
     if let Start::TakeOver(parent, _) = start {
         core.adopt(parent).map_err(StartError::Memory)?;
     }
@@ -937,18 +933,20 @@ fn set_up(start: Start) -> Result<&'static Core<LinuxMm>, StartError> {
     Ok(core)
 }
 
-/// Gives the calling thread a table of files with those that the devices use, and no others.
+/// Gives the calling thread a table of files with the family's and those that the devices use, and no others.
 fn own_files(core: &Core<LinuxMm>) -> Result<(), Errno> {
-    /// Most files of all devices.
-    const MAX: usize = 4 * DeviceId::MAX;
+    /// Most files of all devices, and the family's.
+    const MAX: usize = 4 * DeviceId::MAX + 1;
     let (mut files, mut count) = ([const { None }; MAX], 0);
+    let mut keep = |file: BorrowedFd<'_>| {
+        assert!(count < MAX, "a device has few files");
+        files[count] = Some(file.as_raw_fd());
+        count += 1;
+    };
+    keep(core.family.claims().as_fd());
     core.devices.for_each(|entry| {
         let device: &'static dyn Device = entry.device();
-        device.files(&mut |file| {
-            assert!(count < MAX, "a device has few files");
-            files[count] = Some(file.as_raw_fd());
-            count += 1;
-        });
+        device.files(&mut keep);
     });
     uhmm_sys::files::own_files(&mut files.iter().flatten().copied())
 }

@@ -13,7 +13,11 @@ use uhmm::{
 };
 use uhmm_testkit::{Skip, isolated};
 
-use crate::common::{Memory, Plain, stamp};
+use crate::common::{
+    Memory, Plain, eventually,
+    kit::{End, fork_child, wait_for},
+    stamp,
+};
 
 fn hidden(bytes: u64) -> Result<(Mm, Mirror<Plain>), Skip> {
     let mm = Mm::open_with(Setup { threads: Threads::Hidden, ..Setup::default() })
@@ -25,20 +29,14 @@ fn hidden(bytes: u64) -> Result<(Mm, Mirror<Plain>), Skip> {
     Ok((mm, mirror))
 }
 
-/// Forks; the child runs `body` and exits with 0 if it returns. Returns the child's wait status.
-fn in_child(body: impl FnOnce()) -> i32 {
-    // SAFETY: the child runs ordinary code of this process; its libc is made right by `fork` itself.
-    let pid = unsafe { libc::fork() };
-    assert!(pid >= 0, "fork failed");
-    if pid == 0 {
-        let ok = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).is_ok();
-        // SAFETY: ends the child without running the parent's exit handlers.
-        unsafe { libc::_exit(i32::from(!ok)) };
-    }
-    let mut status = 0;
-    // SAFETY: waits for the child just made.
-    assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
-    status
+/// Forks; the child runs `body` and exits with 0 if it returns. Returns how it ended.
+fn in_child(body: impl FnOnce()) -> End {
+    wait_for(fork_child(body))
+}
+
+fn kill(pid: i32) {
+    // SAFETY: a process that the test has made.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
 }
 
 #[test]
@@ -53,7 +51,7 @@ fn the_child_sees_the_moment_of_the_fork_and_frames_stay() {
             memory.set(7, 7);
             memory.check_but(7, 7);
         });
-        assert_eq!(status, 0);
+        assert_eq!(status, End::Exit(0));
         assert!(mm.pages_away() > 1900, "the fork brought {} pages home", 2048 - mm.pages_away());
         memory.check();
         Ok(())
@@ -68,19 +66,12 @@ fn parent_and_child_write_without_the_other_seeing() {
         for round in 0..20u64 {
             (0..512).for_each(|n| memory.set(n, stamp(n) ^ round));
             let _ = mirror.migrate(memory.range(), &MigrateOptions::default());
-            // SAFETY: as in `in_child`.
-            let pid = unsafe { libc::fork() };
-            if pid == 0 {
-                let ok = (0..512).all(|n| memory.get(n) == stamp(n) ^ round);
+            let child = fork_child(|| {
+                (0..512).for_each(|n| assert_eq!(memory.get(n), stamp(n) ^ round, "the child saw the parent's writes"));
                 (0..512).for_each(|n| memory.set(n, 1));
-                // SAFETY: ends the child at once.
-                unsafe { libc::_exit(i32::from(!ok)) };
-            }
+            });
             (0..512).for_each(|n| memory.set(n, memory.get(n).wrapping_add(1)));
-            let mut status = 0;
-            // SAFETY: waits for the child just made.
-            unsafe { libc::waitpid(pid, &raw mut status, 0) };
-            assert_eq!(status, 0, "round {round}: the child saw the parent's writes");
+            assert_eq!(wait_for(child), End::Exit(0), "round {round}");
             (0..512).for_each(|n| assert_eq!(memory.get(n), (stamp(n) ^ round).wrapping_add(1), "round {round}"));
         }
         Ok(())
@@ -91,9 +82,7 @@ fn parent_and_child_write_without_the_other_seeing() {
 fn a_child_outlives_its_killed_parent() {
     isolated!(|| {
         let (_mm, _) = hidden(1 << 20)?;
-        let mut pipe = [0; 2];
-        // SAFETY: `pipe` has room for two descriptors.
-        assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
+        let (mut told, mut tell) = std::io::pipe().unwrap();
         // The middle process is the parent to be killed.
         let status = in_child(|| {
             let mirror = Mm::open_with(Setup { threads: Threads::Hidden, ..Setup::default() })
@@ -105,28 +94,21 @@ fn a_child_outlives_its_killed_parent() {
             let _ = mirror.migrate(memory.range(), &MigrateOptions::default());
             // SAFETY: asks the kernel for the process's number.
             let me = unsafe { libc::getpid() };
-            // SAFETY: as in `in_child`.
-            let pid = unsafe { libc::fork() };
-            if pid == 0 {
+            fork_child(|| {
                 // SAFETY: asks the kernel for the parent's number.
                 let parent = || unsafe { libc::getppid() };
                 while parent() == me {
                     std::thread::yield_now();
                 }
                 let ok = (0..1024).all(|n| memory.get(n) == stamp(n));
-                let byte = [u8::from(ok)];
-                // SAFETY: one byte of a live array.
-                unsafe { libc::write(pipe[1], byte.as_ptr().cast(), 1) };
-                // SAFETY: ends the grandchild at once.
-                unsafe { libc::_exit(0) };
-            }
-            // SAFETY: kills the calling process.
-            unsafe { libc::kill(me, libc::SIGKILL) };
+                std::io::Write::write_all(&mut tell, &[u8::from(ok)]).unwrap();
+            });
+            kill(me);
         });
-        assert_eq!(status & 0x7f, libc::SIGKILL);
+        assert_eq!(status, End::Signal(libc::SIGKILL));
+        drop(tell);
         let mut byte = [9u8];
-        // SAFETY: one byte of a live array.
-        assert_eq!(unsafe { libc::read(pipe[0], byte.as_mut_ptr().cast(), 1) }, 1);
+        std::io::Read::read_exact(&mut told, &mut byte).unwrap();
         assert_eq!(byte[0], 1, "the grandchild lost bytes when its parent was killed");
         Ok(())
     });
@@ -146,11 +128,11 @@ fn generations_of_children_share_and_part() {
                 memory.check_but(0, 100);
                 memory.set(1, 101);
             });
-            assert_eq!(status, 0);
+            assert_eq!(status, End::Exit(0));
             assert_eq!(memory.get(1), stamp(1));
             memory.check_but(0, 100);
         });
-        assert_eq!(status, 0);
+        assert_eq!(status, End::Exit(0));
         memory.check();
         Ok(())
     });
@@ -173,7 +155,7 @@ fn a_child_gives_back_only_frames_that_were_shared_with_it() {
                 shared.check();
                 private.check();
             });
-            assert_eq!(status, 0);
+            assert_eq!(status, End::Exit(0));
             assert_eq!(other.frames_used(), 0);
         }
         // Frames that are in use twice hold the wrong bytes.
@@ -188,10 +170,10 @@ fn a_child_gives_back_only_frames_that_were_shared_with_it() {
 
 /// How a child ends that has frames in common with its parent.
 #[derive(Debug, Clone, Copy)]
-enum End {
-    Exit,
+enum Fate {
+    Exits,
     Killed,
-    Exec,
+    Executes,
 }
 
 #[test]
@@ -200,52 +182,66 @@ fn frames_of_a_child_that_has_ended_come_back() {
         let (mm, mirror) = hidden(64 << 20)?;
         let memory = Memory::new(2048);
         memory.fill();
-        for end in [End::Exit, End::Killed, End::Exec] {
+        for fate in [Fate::Exits, Fate::Killed, Fate::Executes] {
             let sent = mirror.migrate(memory.range(), &MigrateOptions::default());
-            assert_eq!(sent.count(PageOutcome::Moved), 2048, "{end:?}");
+            assert_eq!(sent.count(PageOutcome::Moved), 2048, "{fate:?}");
             let (mut is_there, mut tell) = std::io::pipe().unwrap();
-            // SAFETY: the child runs ordinary code of this process; its libc is made right by `fork` itself.
-            let pid = unsafe { libc::fork() };
-            assert!(pid >= 0, "fork failed");
-            if pid == 0 {
+            let child = fork_child(|| {
                 assert_eq!(memory.get(5), stamp(5));
                 std::io::Write::write_all(&mut tell, &[0]).unwrap();
-                match end {
-                    // SAFETY: ends the child without running the parent's exit handlers.
-                    End::Exit => unsafe { libc::_exit(0) },
-                    End::Killed => loop {
+                match fate {
+                    Fate::Exits => {}
+                    Fate::Killed => loop {
                         std::thread::park();
                     },
-                    End::Exec => {
+                    Fate::Executes => {
                         // It lives on, as another program.
                         let argv = [c"sleep".as_ptr(), c"60".as_ptr(), std::ptr::null()];
                         // SAFETY: strings that end, in a list that ends.
                         unsafe { libc::execvp(argv[0], argv.as_ptr()) };
-                        // SAFETY: as above.
-                        unsafe { libc::_exit(1) };
+                        panic!("sleep cannot be executed");
                     }
                 }
-            }
-            // One that is killed before it runs keeps what it has.
+            });
             std::io::Read::read_exact(&mut is_there, &mut [0]).unwrap();
             assert_eq!(mm.home(memory.range()).count(PageOutcome::Moved), 2048);
-            if matches!(end, End::Killed) {
+            if matches!(fate, Fate::Killed) {
                 assert!(mirror.frames_used() > 1900, "the child has its part");
-                // SAFETY: the child just made.
-                assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+                kill(child);
             }
-            let start = std::time::Instant::now();
-            while mirror.frames_used() != 0 {
-                let used = mirror.frames_used();
-                assert!(start.elapsed().as_secs() < 30, "{end:?}: {used} frames of a child that has ended are in use");
-                std::thread::sleep(std::time::Duration::from_millis(5));
+            eventually(&format!("{fate:?}: the frames come back"), || mirror.frames_used() == 0);
+            if matches!(fate, Fate::Executes) {
+                kill(child);
             }
-            if matches!(end, End::Exec) {
-                // SAFETY: the child just made.
-                assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
-            }
-            // SAFETY: waits for the child just made.
-            assert_eq!(unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) }, pid);
+            let killed = matches!(fate, Fate::Killed | Fate::Executes);
+            assert_eq!(wait_for(child), if killed { End::Signal(libc::SIGKILL) } else { End::Exit(0) });
+            memory.check();
+        }
+        mm.close().unwrap();
+        Ok(())
+    });
+}
+
+#[test]
+fn frames_of_a_child_that_is_killed_as_soon_as_it_is_born_come_back() {
+    isolated!(|| {
+        let (mm, mirror) = hidden(64 << 20)?;
+        let memory = Memory::new(2048);
+        memory.fill();
+        for round in 0..40 {
+            let sent = mirror.migrate(memory.range(), &MigrateOptions::default());
+            assert!(sent.is_complete(), "round {round}: {sent:?}");
+            let child = fork_child(|| {
+                loop {
+                    std::thread::park();
+                }
+            });
+            // Before its engine runs, and while that takes its memory over.
+            std::thread::sleep(std::time::Duration::from_micros(50 * round));
+            kill(child);
+            assert_eq!(wait_for(child), End::Signal(libc::SIGKILL));
+            assert_eq!(mm.home(memory.range()).count(PageOutcome::Moved), 2048);
+            eventually("the frames come back", || mirror.frames_used() == 0);
             memory.check();
         }
         mm.close().unwrap();
@@ -260,32 +256,17 @@ fn more_children_than_a_family_has_places_for_see_their_bytes() {
         let memory = Memory::new(256);
         memory.fill();
         let mut children = Vec::new();
-        let (gate_out, mut gate_in) = std::io::pipe().unwrap();
+        let (mut gate_out, mut gate_in) = std::io::pipe().unwrap();
         for _ in 0..70 {
             let _ = mirror.migrate(memory.range(), &MigrateOptions::default());
-            // SAFETY: the child runs ordinary code of this process; its libc is made right by `fork` itself.
-            let pid = unsafe { libc::fork() };
-            assert!(pid >= 0, "fork failed");
-            if pid == 0 {
-                drop(gate_in);
+            children.push(fork_child(|| {
                 // Until all are there.
-                let mut gate = gate_out;
-                let mut byte = [0];
-                let waited = std::io::Read::read(&mut gate, &mut byte).is_ok();
-                let ok = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| memory.check())).is_ok();
-                // SAFETY: ends the child without running the parent's exit handlers.
-                unsafe { libc::_exit(i32::from(!(ok && waited))) };
-            }
-            children.push(pid);
+                std::io::Read::read_exact(&mut gate_out, &mut [0]).unwrap();
+                memory.check();
+            }));
         }
-        std::io::Write::write_all(&mut gate_in, &[0]).unwrap();
-        drop(gate_in);
-        for pid in children {
-            let mut status = 0;
-            // SAFETY: waits for a child made above.
-            assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
-            assert_eq!(status, 0);
-        }
+        std::io::Write::write_all(&mut gate_in, &[0; 70]).unwrap();
+        children.into_iter().for_each(|child| assert_eq!(wait_for(child), End::Exit(0)));
         memory.check();
         mm.close().unwrap();
         Ok(())
@@ -312,7 +293,7 @@ fn forks_among_faults_and_migrations() {
             });
             for _ in 0..60 {
                 let _ = mirror.migrate(memory.range(), &MigrateOptions::default());
-                assert_eq!(in_child(|| memory.check()), 0);
+                assert_eq!(in_child(|| memory.check()), End::Exit(0));
             }
             stop.store(true, std::sync::atomic::Ordering::Relaxed);
             reader.join().expect("the reader saw only what was written");
