@@ -41,16 +41,33 @@ pub(crate) fn say(files: Files, message: std::fmt::Arguments<'_>) {
     match files {
         Files::Program => write_all(libc::STDERR_FILENO, text),
         Files::Own => {
-            let flags = libc::O_WRONLY | libc::O_APPEND | libc::O_NOCTTY | libc::O_CLOEXEC;
-            // SAFETY: the path is a string; the kernel reads it and nothing else.
-            let fd = unsafe { libc::open(c"/proc/self/fd/2".as_ptr(), flags) };
+            let fd = program_stderr();
             if fd >= 0 {
                 write_all(fd, text);
-                // SAFETY: opened above, for this.
+                // SAFETY: opened for this.
                 unsafe { libc::close(fd) };
             }
         }
     }
+}
+
+/// The program's standard error, in the calling thread's own table; negative where it cannot be had.
+///
+/// # Kernel
+/// `pidfd_getfd(2)` (Linux 5.6), which takes sockets and other users' pipes too; before, `/proc/self/fd`.
+fn program_stderr() -> c_int {
+    // SAFETY: makes a descriptor of this process, whose first thread has the program's table.
+    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) };
+    // SAFETY: copies a descriptor; where there is no pidfd it answers an error.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd, libc::STDERR_FILENO, 0) };
+    // SAFETY: opened above, if it was.
+    unsafe { libc::close(c_int::try_from(pidfd).unwrap_or(-1)) };
+    if let Ok(fd @ 0..) = c_int::try_from(fd) {
+        return fd;
+    }
+    let flags = libc::O_WRONLY | libc::O_APPEND | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: the path is a string; the kernel reads it and nothing else.
+    unsafe { libc::open(c"/proc/self/fd/2".as_ptr(), flags) }
 }
 
 fn write_all(fd: c_int, text: &[u8]) {
