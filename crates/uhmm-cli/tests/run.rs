@@ -207,9 +207,9 @@ fn moves() -> bool {
 /// The ways in which a program runs: as it is, moved about, also on a device that the CPU can address, and with little room.
 const WAYS: [&[&str]; 4] = [
     &["--stats=json"],
-    &["--stats=json", "--stress"],
-    &["--stats=json", "--stress", "--device", "soft:256M,coherent", "--device", "soft:256M"],
-    &["--stats=json", "--resident", "4M", "--device", "soft:1G"],
+    &["--from-start", "--stats=json", "--stress"],
+    &["--from-start", "--stats=json", "--stress", "--device", "soft:256M,coherent", "--device", "soft:256M"],
+    &["--from-start", "--stats=json", "--resident", "4M", "--device", "soft:1G"],
 ];
 
 /// Runs a program in each way; it must end well. Where memory moves and the program lives long enough, some must have
@@ -250,7 +250,8 @@ fn the_exit_status_is_the_programs() {
 fn a_program_that_dies_by_a_signal_is_seen_to() {
     for options in [&[][..], &["--stats"]] {
         for by in [SIGTERM, SIGINT, SIGSEGV] {
-            let done = run(uhmm(options).args(["sh", "-c", &format!("kill -{by} $$")]));
+            // Where this runs in the background of a shell, it ignores SIGINT.
+            let done = run(uhmm(options).args(["env", "--default-signal", "sh", "-c", &format!("kill -{by} $$")]));
             assert_eq!(done.status.signal(), Some(by), "{options:?}: {}", done.err);
         }
     }
@@ -406,7 +407,10 @@ fn as_nobody(arguments: &[&str], rounds: u32, bare: &Done) -> Option<u64> {
     let mut pages = 0;
     for round in 0..rounds {
         let stress = format!("--stress={round}");
-        for way in [&["--stats=json", &stress][..], &["--stats=json", "--resident", "4M", "--device", "soft:1G"]] {
+        for way in [
+            &["--from-start", "--stats=json", &stress][..],
+            &["--from-start", "--stats=json", "--resident", "4M", "--device", "soft:1G"],
+        ] {
             let done = run(nobody(way)?.args(arguments));
             assert_eq!(done.status.code(), bare.status.code(), "{way:?} {arguments:?}: {}: {}", done.status, done.err);
             assert!(
@@ -629,10 +633,24 @@ fn forked_children_see_the_moment_of_their_fork() {
     in_each_way(&program, &[]);
     if moves() {
         let device = format!("soft:1G,file={}", dir.0.display());
-        let done = run(uhmm(&["--stats=json", "--resident", "2M", "--device", &device]).arg(&program));
+        let done = run(uhmm(&["--from-start", "--stats=json", "--resident", "2M", "--device", &device]).arg(&program));
         assert_eq!(done.code(), 0, "{}", done.err);
         let figures = done.figures();
         assert!(figures["forks"].as_u64().unwrap() > 0 && figures["processes"].as_u64().unwrap() > 1, "{figures}");
+    }
+}
+
+#[test]
+fn with_from_start_even_what_ends_at_once_is_managed() {
+    if !moves() {
+        return;
+    }
+    let script = "(exit 3) & wait $!; test $? = 3 && exec true";
+    for (options, processes) in [(&["--from-start", "--stats=json", "--stress"][..], 3), (&["--stats=json"], 0)] {
+        let done = run(uhmm(options).args(["sh", "-c", script]));
+        assert_eq!(done.code(), 0, "{options:?}: {}", done.err);
+        // The shell, its child, and the program that takes the shell's place.
+        assert_eq!(done.figures()["processes"], processes, "{options:?}: {}", done.err);
     }
 }
 

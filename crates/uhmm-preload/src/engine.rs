@@ -11,7 +11,7 @@ use std::{
     sync::{
         OnceLock,
         atomic::{
-            AtomicBool, AtomicPtr,
+            AtomicBool, AtomicPtr, AtomicU32,
             Ordering::{Acquire, Relaxed, Release},
         },
     },
@@ -35,6 +35,7 @@ use uhmm_sys::{
     dispatch::{self, Pager, Whereabouts},
     exclude,
     files::own_files,
+    futex,
     maps::{Maps, anon_rss_bytes},
     space, thread,
 };
@@ -49,6 +50,8 @@ use crate::{
 const HEAD_START: Duration = Duration::from_millis(20);
 /// How often to look whether the program takes so much memory that there is no time to lose.
 const STEP: Duration = Duration::from_millis(2);
+/// How long a program waits for its engine, where it does.
+const START_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a stress access of a device fights for a page before the next one has its turn.
 const ACCESS_BUDGET: Duration = Duration::from_millis(20);
 
@@ -58,6 +61,7 @@ struct Orders {
     devices: Vec<DeviceSpec>,
     resident: Option<u64>,
     stress: Option<u64>,
+    from_start: bool,
     stats: Option<Stats>,
 }
 
@@ -69,6 +73,9 @@ static STRICT: AtomicBool = AtomicBool::new(false);
 static LENDS_PAGES: AtomicBool = AtomicBool::new(false);
 /// The engine of this process; null until it runs, and in a forked child until its own does.
 static RUNNING: AtomicPtr<Running> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Whether there is nothing to wait for: the engine runs, or there is none. Threads sleep on it.
+static SETTLED: AtomicU32 = AtomicU32::new(0);
 
 /// An engine that runs.
 struct Running {
@@ -132,7 +139,8 @@ fn read_orders(environment: &Environment) -> Result<Orders, String> {
         .map_err(|why| format!("{}: {why}", session::DEVICES))?;
     // Where the figures cannot be shared (another user's process, another container) nobody misses this one's.
     let stats = text(session::SESSION)?.and_then(join);
-    Ok(Orders { devices, resident: number(session::RESIDENT)?, stress: number(session::STRESS)?, stats })
+    let (resident, stress) = (number(session::RESIDENT)?, number(session::STRESS)?);
+    Ok(Orders { devices, resident, stress, from_start: number(session::FROM_START)? == Some(1), stats })
 }
 
 fn join(path: &str) -> Option<Stats> {
@@ -155,10 +163,20 @@ fn fail(files: Files, why: std::fmt::Arguments<'_>) {
     }
 }
 
-/// Starts the thread that will start the engine.
+/// Starts the thread that will start the engine, and waits for that where it was ordered.
+///
+/// # Locking
+/// The caller may hold locks of the C library and of the dynamic linker, none of which is taken to start the engine.
 fn schedule() {
     if let Err(errno) = thread::spawn(thread::Kind::Raw, "uhmm-start", None, starter, 0) {
-        fail(Files::Program, format_args!("no thread to start with: {errno}"));
+        return fail(Files::Program, format_args!("no thread to start with: {errno}"));
+    }
+    let started = Instant::now();
+    while ORDERS.get().is_some_and(|orders| orders.from_start) && SETTLED.load(Acquire) == 0 {
+        let _ = futex::wait(&SETTLED, 0, Some(START_PATIENCE));
+        if started.elapsed() > START_PATIENCE {
+            return fail(Files::Program, format_args!("its engine does not start within {START_PATIENCE:?}"));
+        }
     }
 }
 
@@ -167,6 +185,7 @@ fn in_child() {
     RUNNING.store(std::ptr::null_mut(), Release);
     dispatch::reset_in_child();
     turn::reset_in_child();
+    SETTLED.store(0, Release);
     if !Mm::is_set_up() {
         space::reuse_in_child();
     }
@@ -175,18 +194,19 @@ fn in_child() {
 
 fn starter(_: usize) {
     let Some(orders) = ORDERS.get() else { return };
-    wait_until_worth_it(orders);
+    if !orders.from_start {
+        wait_until_worth_it(orders);
+    }
     // Before the devices are made, whose files the engine's threads inherit.
-    if let Err(errno) = own_files(&mut std::iter::empty()) {
-        return fail(Files::Program, format_args!("no files of its own for the engine: {errno}"));
+    let own = own_files(&mut std::iter::empty());
+    match own.map_err(|errno| format!("no files of its own for the engine: {errno}")).and_then(|()| set_up(orders)) {
+        // A program that lent its pages meanwhile did not find the engine.
+        Ok(()) if LENDS_PAGES.load(Acquire) => lends_pages(),
+        Ok(()) => {}
+        Err(why) => fail(if own.is_ok() { Files::Own } else { Files::Program }, format_args!("{why}")),
     }
-    if let Err(why) = set_up(orders) {
-        return fail(Files::Own, format_args!("{why}"));
-    }
-    // A program that lent its pages meanwhile did not find the engine.
-    if LENDS_PAGES.load(Acquire) {
-        lends_pages();
-    }
+    SETTLED.store(1, Release);
+    let _ = futex::wake(&SETTLED, u32::MAX);
 }
 
 /// Waits until the program has shown that it will last, or that it takes memory fast.

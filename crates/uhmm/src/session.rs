@@ -9,6 +9,7 @@
 //! | [`DEVICES`] | the devices of each process, separated by `;`, each as [`DeviceSpec`] prints it |
 //! | [`RESIDENT`] | bytes of anonymous memory that each process keeps in RAM |
 //! | [`STRESS`] | seed of the stress threads |
+//! | [`FROM_START`] | `1`: each process is managed from its first instruction on, not when it has shown that it lasts |
 //! | [`STRICT`] | `1`: a process that cannot be managed ends with status 125 instead of running unmanaged |
 //!
 //! Without [`RESIDENT`] and [`STRESS`] nothing moves, and no engine is started.
@@ -44,6 +45,8 @@ pub const DEVICES: &str = "UHMM_DEVICES";
 pub const RESIDENT: &str = "UHMM_RESIDENT";
 /// Name of the variable with the seed of the stress threads.
 pub const STRESS: &str = "UHMM_STRESS";
+/// Name of the variable that makes a program wait for its engine.
+pub const FROM_START: &str = "UHMM_FROM_START";
 /// Name of the variable that makes failures fatal.
 pub const STRICT: &str = "UHMM_STRICT";
 

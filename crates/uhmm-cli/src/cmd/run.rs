@@ -52,6 +52,10 @@ pub struct Args {
     /// Move random memory about all the time. The program's result must not change.
     #[arg(long, value_name = "SEED", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     stress: Option<String>,
+    /// Manage each process from its first instruction on. Without this one that ends within some 20 ms is left alone, and
+    /// what a process does in that time, its forks too, goes unmanaged.
+    #[arg(long)]
+    from_start: bool,
     /// Print all figures to standard error at the end. Without this: one line, where something was to move.
     #[arg(long, value_name = "json", num_args = 0..=1, require_equals = true, default_missing_value = "table",
           conflicts_with = "quiet")]
@@ -70,6 +74,7 @@ struct Orders {
     devices: Vec<DeviceSpec>,
     resident: Option<u64>,
     stress: Option<u64>,
+    from_start: bool,
     form: Option<Form>,
 }
 
@@ -172,7 +177,7 @@ fn read_orders(args: &Args) -> Result<Orders> {
         None if resident.is_some() || stress.is_some() => Some(Form::Line),
         None => None,
     };
-    Ok(Orders { devices, resident, stress, form })
+    Ok(Orders { devices, resident, stress, from_start: args.from_start, form })
 }
 
 /// A seed that differs from run to run, short enough to be typed.
@@ -276,7 +281,11 @@ fn set_environment(command: &mut Command, orders: &Orders, library: &Path) -> Re
     }
     let devices: Vec<String> = orders.devices.iter().map(DeviceSpec::to_string).collect();
     command.env("LD_PRELOAD", preload).env(session::DEVICES, devices.join(";"));
-    for (name, value) in [(session::RESIDENT, orders.resident), (session::STRESS, orders.stress)] {
+    for (name, value) in [
+        (session::RESIDENT, orders.resident),
+        (session::STRESS, orders.stress),
+        (session::FROM_START, orders.from_start.then_some(1)),
+    ] {
         match value {
             Some(value) => command.env(name, value.to_string()),
             None => command.env_remove(name),
