@@ -71,8 +71,8 @@ struct Slot {
 /// No thread has this id.
 const CLAIMED: u32 = u32::MAX;
 
-/// How often a thread is asked for where there are none, a millisecond later than before each time.
-const TRIES: u64 = 20;
+/// How often a thread is asked for where there are none, a millisecond later than before each time: for a second.
+const TRIES: u64 = 45;
 
 /// All slots. Only grows.
 static SLOTS: AtomicPtr<Slot> = AtomicPtr::new(null_mut());
@@ -195,7 +195,8 @@ pub fn spawn(kind: Kind, name: &str, cpu: Option<usize>, entry: fn(usize), arg: 
         Kind::Pthread => unsafe { spawn_pthread(slot) },
     };
     let mut tid = start();
-    // On a machine full of short-lived threads the kernel runs out of them for moments, which pass.
+    // On a machine full of short-lived threads the kernel runs out of them for moments, which pass. It also refuses as long as
+    // another thread of the process is about to execute a program: where that succeeds, this one is not there any more.
     for tries in 1..TRIES {
         if tid != Err(Errno::AGAIN) {
             break;
