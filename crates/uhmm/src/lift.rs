@@ -227,9 +227,13 @@ impl<O: Os> Core<O> {
         let part = transit.block().run(run);
         let hop = self.hop(run);
         self.lift(part, hop.used, probe, changes)?;
-        // At once, before its owner misses them; where that fails they go back by copy, below.
-        if self.is_foreign(hop.used, probe, berth.slot(run.first)) && self.os.lift(hop.used, part).is_ok() {
-            return Err(Errno::AGAIN);
+        if self.is_foreign(hop.used, probe, berth.slot(run.first)) {
+            // At once, before its owner misses them; where that fails they go back by copy, below. Nothing but what was there:
+            // the owner of a mapping that was still empty may have filled it by now.
+            let back = |there: Run| self.os.lift(self.lifts.place(there), transit.block().run(there)).is_ok();
+            if self.in_hop(run).runs().all(back) {
+                return Err(Errno::AGAIN);
+            }
         }
         let ours = self.was_told();
         let present = self.in_hop(run);

@@ -522,6 +522,45 @@ fn one_page_is_everybodys() {
 }
 
 #[test]
+fn what_is_mapped_where_pages_are_just_leaving_keeps_its_bytes() {
+    isolated!(|| {
+        // Read-only memory leaves by `mremap`, which does not see that another mapping has come there.
+        let mm = open()?;
+        let (mirrors, rules) = (devices(&mm), Rules::new());
+        let area = Area { start: map(0, 8 * PAGE, RW, 0), pages: 8 };
+        let stop = AtomicBool::new(false);
+        let mut rounds = 0;
+        std::thread::scope(|s| {
+            for mirror in [&mirrors[0], &mirrors[1], &mirrors[0]] {
+                let stop = &stop;
+                s.spawn(move || {
+                    while !stop.load(Relaxed) {
+                        drop(mirror.migrate(area.range(), &MigrateOptions::default()));
+                    }
+                });
+            }
+            let start = Instant::now();
+            let checked = catch_unwind(AssertUnwindSafe(|| {
+                while start.elapsed() < Duration::from_secs(rules.seconds) {
+                    rounds += 1;
+                    map(area.start, area.len(), RW, libc::MAP_FIXED);
+                    area.fill(rounds);
+                    assert_eq!(Via::Raw.mprotect(area.start, area.len(), libc::PROT_READ), 0);
+                    area.check(rounds);
+                }
+            }));
+            stop.store(true, Relaxed);
+            checked.unwrap_or_else(|panic| resume_unwind(panic));
+        });
+        println!("{rounds} rounds");
+        assert!(rounds > 100, "{rounds} rounds");
+        area.unmap();
+        finish(mm, mirrors);
+        Ok(())
+    });
+}
+
+#[test]
 fn mappings_move_to_where_others_were_a_moment_ago() {
     isolated!(|| {
         // The kernel says that a range was left by `mremap` some time after the next mapping may have moved there.
