@@ -37,6 +37,6 @@ done
 cli INFO persistence | grep 'rdb_last_bgsave_status' | tr -d '\r'
 [ "$(cli DEBUG DIGEST)" = "$before" ] && echo "unchanged by the save"
 stop
-start
+start $RUN
 [ "$(cli DEBUG DIGEST)" = "$before" ] && echo "the reload matches"
 stop

@@ -4,7 +4,7 @@
 //! waits for anybody who might wait for the program: it takes page locks only where they are free, and leaves a mark
 //! otherwise.
 
-use std::sync::atomic::Ordering::Relaxed;
+use std::{sync::atomic::Ordering::Relaxed, time::Instant};
 
 use uhmm_sys::{
     Errno,
@@ -22,7 +22,7 @@ use crate::{
     os::{MANAGED, Os},
     page_set::{PageSet, Run},
     policy,
-    reclaim::THROTTLE,
+    reclaim::{GROWTH_PATIENCE, THROTTLE},
     thread::Ctx,
     trace::{Counter, Why},
 };
@@ -54,6 +54,7 @@ impl<O: Os> Core<O> {
             }
             match word.place() {
                 Place::Cpu => {
+                    self.throttle_growth(attempt);
                     if self.fill_hole(ctx, block, i) {
                         return;
                     }
@@ -158,6 +159,14 @@ impl<O: Os> Core<O> {
     /// any case.
     fn throttle(&self, attempt: u32) {
         if attempt == 0 && self.reclaim_is_behind.load(Relaxed) {
+            std::thread::sleep(THROTTLE);
+        }
+    }
+
+    /// Waits for reclaim that is behind, where the process is about to have more memory. Once a fault.
+    fn throttle_growth(&self, attempt: u32) {
+        let start = Instant::now();
+        while attempt == 0 && self.reclaim_is_behind.load(Relaxed) && start.elapsed() < GROWTH_PATIENCE {
             std::thread::sleep(THROTTLE);
         }
     }

@@ -7,6 +7,9 @@
 //! RAM of the process. So what is used again and again stays, what is used once goes first, without sampling and without
 //! access bits.
 //!
+//! Faults on what is away wait a little while more memory is in RAM than the limit allows, and memory that was never touched
+//! waits longer: first touches come to the engine then, one for each block.
+//!
 //! ```text
 //!   program --(clock hand)--> staging, first in ... first out --(still untouched, room needed)--> device
 //!      ^                         |
@@ -23,7 +26,7 @@ use std::{
 
 use uhmm_sys::{
     Errno,
-    addr::{PAGE_SIZE, PageRange, VirtAddr},
+    addr::{BLOCK_SIZE, PAGE_SIZE, PageRange, VirtAddr},
     arena,
     maps::{Backing, Prot, Vma},
 };
@@ -34,7 +37,7 @@ use crate::{
     devices::Entry,
     engine::Core,
     migrate::{Holes, OtherDevices, Outcomes, PageOutcome, Plan, ResidencyRule, refusal},
-    os::Os,
+    os::{MANAGED, Os},
     page_set::PageSet,
     thread::Ctx,
     trace::Why,
@@ -97,10 +100,19 @@ const MOST_ROUNDS: u32 = 8;
 /// How long a fault waits for reclaim that is behind: long enough for it to write a block out.
 pub(crate) const THROTTLE: Duration = Duration::from_micros(250);
 
+/// How long at most memory that was never touched waits for reclaim that is behind: for each block that grows.
+pub(crate) const GROWTH_PATIENCE: Duration = Duration::from_millis(20);
+/// How many mappings are made to wait for reclaim in one go.
+const SLOWED_AT_ONCE: usize = 256;
+/// Smaller mappings grow too little to matter.
+const SLOWED_BYTES: u64 = 2 * BLOCK_SIZE;
+
 /// What one reclaim thread knows.
 struct Reclaim {
     queue: Queue,
     walk: Walk,
+    /// The next mapping whose growth is to be slowed down.
+    slowed: VirtAddr,
     /// Rounds since anything could be set aside.
     idle_rounds: u32,
 }
@@ -121,27 +133,57 @@ impl<O: Os> Core<O> {
         let Ok(queue) = Queue::new() else { return };
         // It must keep up with a program that allocates on every CPU. Without the privilege it is one among many.
         let _ = uhmm_sys::thread::set_nice(-10);
-        let mut state = Reclaim { queue, walk: Walk::default(), idle_rounds: 0 };
+        let mut state = Reclaim { queue, walk: Walk::default(), slowed: VirtAddr::new(0), idle_rounds: 0 };
         let mut last_rss = 0u64;
+        let mut worked = true;
         while self.stop.load(Relaxed) == 0 {
             let limit = self.resident_limit.load(Acquire);
             let Ok(rss) = self.os.anon_rss() else { return };
             // What the program may add until the next look counts as there already.
             let growth = rss.saturating_sub(last_rss).min(limit / 4);
             last_rss = rss;
-            let behind = rss > limit.saturating_add(limit / 16 + (8 << 20));
+            // Where nothing can go (the devices are full) nobody has to wait for it.
+            let behind = worked && rss > limit.saturating_add(limit / 16 + (8 << 20));
             self.reclaim_is_behind.store(behind, Relaxed);
             // Some more than is over, so that there is room for a while.
             let over = (rss + growth + limit / 32).saturating_sub(limit);
             if over <= limit / 32 {
+                worked = true;
                 std::thread::sleep(TICK);
                 continue;
             }
             self.wait_thawed();
             self.refresh_excluded(&mut ctx);
-            let worked = self.reclaim(&mut ctx, &mut state, over, limit, rss > limit);
+            if behind {
+                self.slow_growth(&ctx, &mut state.slowed);
+            }
+            worked = self.reclaim(&mut ctx, &mut state, over, limit, rss > limit);
             if !worked {
                 std::thread::sleep(TICK);
+            }
+        }
+    }
+
+    /// Has the first touch of a block come to the engine, where it waits for reclaim (see [`Core::serve_fault`]): registers
+    /// mappings that can grow. Memory that the kernel fills by itself would outrun any device.
+    ///
+    /// Not where system calls are caught: each would have to look up memory that nothing has ever left.
+    fn slow_growth(&'static self, ctx: &Ctx, at: &mut VirtAddr) {
+        let Some(_running) = self.begin_out().filter(|_| self.os.serves_kernel_faults()) else { return };
+        for _ in 0..SLOWED_AT_ONCE {
+            let Ok(Some(vma)) = self.os.vma(*at) else {
+                *at = VirtAddr::new(0);
+                return;
+            };
+            *at = vma.range.end();
+            let mut is_ordinary = is_for_policies(&vma) && vma.range.bytes() >= SLOWED_BYTES;
+            ctx.excluded.touching(vma.range, |_| is_ordinary = false);
+            if is_ordinary {
+                let Ok(_inside) = self.gate.enter(ctx.slot) else { return };
+                // Where the kernel refuses it fills that memory on.
+                if !self.is_changing() {
+                    let _ = self.os.register(vma.range, MANAGED);
+                }
             }
         }
     }
