@@ -3,7 +3,7 @@
 use uhmm_sys::{
     Errno,
     access::{self, UnwaitingReader},
-    addr::{PageRange, VirtAddr},
+    addr::{PAGE_SIZE, PageRange, VirtAddr},
     arena, dispatch, exclude,
     maps::{self, Maps, Prot, Vma},
     mem::HostBytes,
@@ -67,6 +67,21 @@ impl LinuxMm {
             wanted |= Features::EVENT_FORK;
         }
         wanted
+    }
+}
+
+impl LinuxMm {
+    /// Whether a page is at `dst` and none at `src`, after a move that was refused because something is at `dst`.
+    ///
+    /// It may be the page itself: Linux 6.18 moves a page, tries the same page once more, and answers `EEXIST` and no bytes. That
+    /// comes of a move beside a fork, `mprotect` and stores to the range, once in some hundred thousand calls. Who believes the answer
+    /// loses the page.
+    fn has_moved(&self, dst: VirtAddr, src: VirtAddr) -> bool {
+        let is_there = |at| {
+            let mut page = [Page::empty(); 1];
+            self.pagemap.scan(PageRange::page_of(at), &mut page).map(|()| page[0].is_there())
+        };
+        is_there(src) == Ok(false) && is_there(dst) == Ok(true)
     }
 }
 
@@ -158,7 +173,14 @@ impl Os for LinuxMm {
     }
 
     fn move_pages(&self, dst: VirtAddr, src: VirtAddr, len: u64, holes: SrcHoles, wake: Wake) -> Copied {
-        self.uffd.move_pages(dst, src, len, wake, holes)
+        let result = self.uffd.move_pages(dst, src, len, wake, holes);
+        if result.done == 0 && result.stop == Some(Errno::EXIST) && self.has_moved(dst, src) {
+            if wake == Wake::Now {
+                self.wake(PageRange::page_of(dst));
+            }
+            return Copied { done: PAGE_SIZE, ..result };
+        }
+        result
     }
 
     fn poison(&self, range: PageRange) -> Copied {

@@ -561,6 +561,62 @@ fn what_is_mapped_where_pages_are_just_leaving_keeps_its_bytes() {
 }
 
 #[test]
+fn pages_shared_with_children_leave_while_they_are_protected_and_written() {
+    isolated!(|| {
+        // Where the kernel loses count of what it has moved.
+        let mm = open()?;
+        let (mirrors, rules) = (devices(&mm), Rules::new());
+        let area = Area { start: map(0, 128 * PAGE, RW, 0), pages: 128 };
+        let stop = AtomicBool::new(false);
+        let mut rounds = 0;
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                let mut random = Random::new(rules.seed);
+                while !stop.load(Relaxed) {
+                    let first = random.below(20);
+                    drop(mirrors[0].migrate(area.part(first..128).range(), &MigrateOptions::default()));
+                    drop(mm.home(area.range()));
+                }
+            });
+            let start = Instant::now();
+            let checked = catch_unwind(AssertUnwindSafe(|| {
+                let mut random = Random::new(rules.seed + 1);
+                let mut tags = [1; 128];
+                area.fill(1);
+                while start.elapsed() < Duration::from_secs(rules.seconds) {
+                    rounds += 1;
+                    let child =
+                        fork_child(|| (0..128).for_each(|n| assert_eq!(page_error(area.page(n), tags[n], n), None)));
+                    for tag in 6 * rounds..6 * rounds + 6 {
+                        let written = random.below(7);
+                        for (n, old) in tags.iter_mut().enumerate() {
+                            assert_eq!(page_error(area.page(n), *old, n), None, "page {n}");
+                            if n % 7 == written {
+                                write_page(area.page(n), tag, n);
+                                *old = tag;
+                            }
+                        }
+                        if random.below(4) == 0 {
+                            for prot in [libc::PROT_READ, RW] {
+                                assert_eq!(Via::Raw.mprotect(area.start, area.len(), prot), 0);
+                            }
+                        }
+                    }
+                    assert_eq!(wait_for(child), End::Exit(0));
+                }
+            }));
+            stop.store(true, Relaxed);
+            checked.unwrap_or_else(|panic| resume_unwind(panic));
+        });
+        println!("{rounds} rounds");
+        assert!(rounds > 10, "{rounds} rounds");
+        area.unmap();
+        finish(mm, mirrors);
+        Ok(())
+    });
+}
+
+#[test]
 fn mappings_move_to_where_others_were_a_moment_ago() {
     isolated!(|| {
         // The kernel says that a range was left by `mremap` some time after the next mapping may have moved there.
