@@ -73,7 +73,6 @@ static STRICT: AtomicBool = AtomicBool::new(false);
 static LENDS_PAGES: AtomicBool = AtomicBool::new(false);
 /// The engine of this process; null until it runs, and in a forked child until its own does.
 static RUNNING: AtomicPtr<Running> = AtomicPtr::new(std::ptr::null_mut());
-
 /// Whether there is nothing to wait for: the engine runs, or there is none. Threads sleep on it.
 static SETTLED: AtomicU32 = AtomicU32::new(0);
 
@@ -171,8 +170,11 @@ fn schedule() {
     if let Err(errno) = thread::spawn(thread::Kind::Raw, "uhmm-start", None, starter, 0) {
         return fail(Files::Program, format_args!("no thread to start with: {errno}"));
     }
+    if !ORDERS.get().is_some_and(|orders| orders.from_start) {
+        return;
+    }
     let started = Instant::now();
-    while ORDERS.get().is_some_and(|orders| orders.from_start) && SETTLED.load(Acquire) == 0 {
+    while SETTLED.load(Acquire) == 0 {
         let _ = futex::wait(&SETTLED, 0, Some(START_PATIENCE));
         if started.elapsed() > START_PATIENCE {
             return fail(Files::Program, format_args!("its engine does not start within {START_PATIENCE:?}"));
@@ -193,20 +195,28 @@ fn in_child() {
 }
 
 fn starter(_: usize) {
-    let Some(orders) = ORDERS.get() else { return };
+    if let Some(orders) = ORDERS.get() {
+        start_engine(orders);
+    }
+    SETTLED.store(1, Release);
+    let _ = futex::wake(&SETTLED, u32::MAX);
+}
+
+fn start_engine(orders: &Orders) {
     if !orders.from_start {
         wait_until_worth_it(orders);
     }
     // Before the devices are made, whose files the engine's threads inherit.
-    let own = own_files(&mut std::iter::empty());
-    match own.map_err(|errno| format!("no files of its own for the engine: {errno}")).and_then(|()| set_up(orders)) {
-        // A program that lent its pages meanwhile did not find the engine.
-        Ok(()) if LENDS_PAGES.load(Acquire) => lends_pages(),
-        Ok(()) => {}
-        Err(why) => fail(if own.is_ok() { Files::Own } else { Files::Program }, format_args!("{why}")),
+    if let Err(errno) = own_files(&mut std::iter::empty()) {
+        return fail(Files::Program, format_args!("no files of its own for the engine: {errno}"));
     }
-    SETTLED.store(1, Release);
-    let _ = futex::wake(&SETTLED, u32::MAX);
+    if let Err(why) = set_up(orders) {
+        return fail(Files::Own, format_args!("{why}"));
+    }
+    // A program that lent its pages meanwhile did not find the engine.
+    if LENDS_PAGES.load(Acquire) {
+        lends_pages();
+    }
 }
 
 /// Waits until the program has shown that it will last, or that it takes memory fast.

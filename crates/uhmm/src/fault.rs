@@ -110,10 +110,6 @@ impl<O: Os> Core<O> {
 
     /// Serves each page of `range` that is not there as if a thread had touched it.
     pub(crate) fn touch(&'static self, ctx: &mut Ctx, range: PageRange) {
-        let is_there = |page: PageRange| {
-            let mut found = [Page::empty(); 1];
-            self.os.scan(page, &mut found).is_ok() && found[0].is_there()
-        };
         for part in range.iter_blocks() {
             let mut pages = [Page::empty(); BLOCK_PAGES];
             let pages = &mut pages[..part.pages()];
@@ -123,7 +119,7 @@ impl<O: Os> Core<O> {
             for (n, page) in pages.iter().enumerate() {
                 let addr = part.start().add(n as u64 * PAGE_SIZE);
                 // It may have come along with one before it.
-                if !page.is_there() && !is_there(PageRange::page_of(addr)) {
+                if !page.is_there() && !self.os.page(addr).is_ok_and(Page::is_there) {
                     self.serve_fault(ctx, addr);
                 }
             }

@@ -329,10 +329,7 @@ impl<O: Os> Core<O> {
 
     /// Whether a page stands at `at`, in the hop.
     fn has_arrived(&self, at: VirtAddr) -> bool {
-        let mut page = [Page::empty(); 1];
-        self.lifts.door.load(Acquire) == LIFTING
-            && self.os.scan(PageRange::page_of(at), &mut page).is_ok()
-            && page[0].is_there()
+        self.lifts.door.load(Acquire) == LIFTING && self.os.page(at).is_ok_and(Page::is_there)
     }
 
     /// How many pages there are in `run` before the first that is there and has no bytes; and the number

@@ -68,19 +68,13 @@ impl LinuxMm {
         }
         wanted
     }
-}
 
-impl LinuxMm {
     /// Whether a page is at `dst` and none at `src`, after a move that was refused because something is at `dst`.
     ///
-    /// It may be the page itself: Linux 6.18 moves a page, tries the same page once more, and answers `EEXIST` and no bytes. That
-    /// comes of a move beside a fork, `mprotect` and stores to the range, once in some hundred thousand calls. Who believes the answer
-    /// loses the page.
+    /// It may be the page itself: Linux 6.18 can move a page and answer `EEXIST` and no bytes (see docs/soundness.md). Who
+    /// believes the answer loses the page.
     fn has_moved(&self, dst: VirtAddr, src: VirtAddr) -> bool {
-        let is_there = |at| {
-            let mut page = [Page::empty(); 1];
-            self.pagemap.scan(PageRange::page_of(at), &mut page).map(|()| page[0].is_there())
-        };
+        let is_there = |at| self.page(at).map(Page::is_there);
         is_there(src) == Ok(false) && is_there(dst) == Ok(true)
     }
 }

@@ -636,8 +636,7 @@ impl<O: Os> Core<O> {
 
     /// Whether the first page of `range` is mapped as part of a huge page.
     fn is_huge(&self, range: PageRange) -> bool {
-        let mut page = [Page::empty(); 1];
-        self.os.scan(PageRange::page_of(range.start()), &mut page).is_ok() && page[0].contains(Page::HUGE)
+        self.os.page(range.start()).is_ok_and(|page| page.contains(Page::HUGE))
     }
 
     /// Which of `taken` stand in `chunk`, and whether they are one huge page. The others were holes.

@@ -414,9 +414,7 @@ impl<O: Os> Core<O> {
 
     /// Whether the CPU maps the page of `addr` as part of a huge page. All of that is there then.
     fn is_huge_page(&self, addr: VirtAddr) -> bool {
-        let mut page = [Page::empty(); 1];
-        self.os.scan(PageRange::page_of(addr), &mut page).is_ok()
-            && page[0].contains(Page::HUGE | Page::PRESENT)
+        self.os.page(addr).is_ok_and(|page| page.contains(Page::HUGE | Page::PRESENT))
             && self.blocks.find(addr).is_none_or(|block| block.away() == 0)
     }
 

@@ -75,6 +75,14 @@ pub trait Os: Send + Sync + std::fmt::Debug + 'static {
     /// # Errors
     /// Whatever reading the page map answers.
     fn scan(&self, range: PageRange, out: &mut [Page]) -> Result<(), Errno>;
+    /// What the page tables say of the page of `at`.
+    ///
+    /// # Errors
+    /// As [`Os::scan`].
+    fn page(&self, at: VirtAddr) -> Result<Page, Errno> {
+        let mut page = [Page::empty(); 1];
+        self.scan(PageRange::page_of(at), &mut page).map(|()| page[0])
+    }
     /// Calls `f` for memory that must stay: the engine's own, and what the kernel writes to behind a dying thread.
     fn excluded(&self, f: &mut dyn FnMut(PageRange));
     /// Calls `f` for the parts of `range` that the kernel may touch at any time without being served: they must neither leave

@@ -138,6 +138,15 @@ impl Rules {
     }
 }
 
+/// Stops the other threads of a test where it ends, also by a panic.
+struct Stops<'a>(&'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
 struct Race<'a> {
     mm: &'a Mm,
     mirrors: &'a [Mirror<Plain>],
@@ -541,18 +550,14 @@ fn what_is_mapped_where_pages_are_just_leaving_keeps_its_bytes() {
                     }
                 });
             }
-            let start = Instant::now();
-            let checked = catch_unwind(AssertUnwindSafe(|| {
-                while start.elapsed() < Duration::from_secs(rules.seconds) {
-                    rounds += 1;
-                    map(area.start, area.len(), RW, libc::MAP_FIXED);
-                    area.fill(rounds);
-                    assert_eq!(Via::Raw.mprotect(area.start, area.len(), libc::PROT_READ), 0);
-                    area.check(rounds);
-                }
-            }));
-            stop.store(true, Relaxed);
-            checked.unwrap_or_else(|panic| resume_unwind(panic));
+            let (start, _stops) = (Instant::now(), Stops(&stop));
+            while start.elapsed() < Duration::from_secs(rules.seconds) {
+                rounds += 1;
+                map(area.start, area.len(), RW, libc::MAP_FIXED);
+                area.fill(rounds);
+                assert_eq!(Via::Raw.mprotect(area.start, area.len(), libc::PROT_READ), 0);
+                area.check(rounds);
+            }
         });
         println!("{rounds} rounds");
         assert!(rounds > 100, "{rounds} rounds");
@@ -581,35 +586,31 @@ fn pages_shared_with_children_leave_while_they_are_protected_and_written() {
                     drop(mm.home(area.range()));
                 }
             });
-            let start = Instant::now();
-            let checked = catch_unwind(AssertUnwindSafe(|| {
-                let mut random = Random::new(rules.seed + 1);
-                let mut tags = [1; 128];
-                area.fill(1);
-                while start.elapsed() < Duration::from_secs(rules.seconds) {
-                    rounds += 1;
-                    let child =
-                        fork_child(|| (0..128).for_each(|n| assert_eq!(page_error(area.page(n), tags[n], n), None)));
-                    for tag in 6 * rounds..6 * rounds + 6 {
-                        let written = random.below(7);
-                        for (n, old) in tags.iter_mut().enumerate() {
-                            assert_eq!(page_error(area.page(n), *old, n), None, "page {n}");
-                            if n % 7 == written {
-                                write_page(area.page(n), tag, n);
-                                *old = tag;
-                            }
-                        }
-                        if random.below(4) == 0 {
-                            for prot in [libc::PROT_READ, RW] {
-                                assert_eq!(Via::Raw.mprotect(area.start, area.len(), prot), 0);
-                            }
+            let (start, _stops) = (Instant::now(), Stops(&stop));
+            let mut random = Random::new(rules.seed + 1);
+            let mut tags = [1; 128];
+            area.fill(1);
+            while start.elapsed() < Duration::from_secs(rules.seconds) {
+                rounds += 1;
+                let child =
+                    fork_child(|| (0..128).for_each(|n| assert_eq!(page_error(area.page(n), tags[n], n), None)));
+                for tag in 6 * rounds..6 * rounds + 6 {
+                    let written = random.below(7);
+                    for (n, old) in tags.iter_mut().enumerate() {
+                        assert_eq!(page_error(area.page(n), *old, n), None, "page {n}");
+                        if n % 7 == written {
+                            write_page(area.page(n), tag, n);
+                            *old = tag;
                         }
                     }
-                    assert_eq!(wait_for(child), End::Exit(0));
+                    if random.below(4) == 0 {
+                        for prot in [libc::PROT_READ, RW] {
+                            assert_eq!(Via::Raw.mprotect(area.start, area.len(), prot), 0);
+                        }
+                    }
                 }
-            }));
-            stop.store(true, Relaxed);
-            checked.unwrap_or_else(|panic| resume_unwind(panic));
+                assert_eq!(wait_for(child), End::Exit(0));
+            }
         });
         println!("{rounds} rounds");
         assert!(rounds > 10, "{rounds} rounds");
