@@ -219,31 +219,38 @@ impl Block {
 
     /// Lets page `i` go; returns whether somebody waits for it.
     fn unlock(&self, i: usize, place: Place) -> bool {
-        let old = Word(self.words[i].swap(Word::of(place).0, AcqRel));
-        assert!(old.locked(), "page {} was let go by somebody who did not hold it", self.page(i));
-        if old.is_cpu() != matches!(place, Place::Cpu) {
-            if old.is_cpu() {
-                self.head[HEAD_AWAY].fetch_add(1, AcqRel);
-            } else {
-                self.head[HEAD_AWAY].fetch_sub(1, AcqRel);
-            }
-        }
-        old.waited()
+        self.change(i, place, |_| Word::of(place)).waited()
     }
 
-    /// How many pages of the block are away.
+    /// Changes the word of page `i`, which the caller holds, and the count of those away with it.
+    fn change(&self, i: usize, place: Place, to: impl Fn(Word) -> Word) -> Word {
+        let (held, leaves) = (self.word(i), !matches!(place, Place::Cpu));
+        assert!(held.locked(), "page {} was changed by somebody who did not hold it", self.page(i));
+        if held.is_cpu() && leaves {
+            self.head[HEAD_AWAY].fetch_add(1, AcqRel);
+        }
+        let mut old = held;
+        while let Err(seen) = self.words[i].compare_exchange_weak(old.0, to(old).0, AcqRel, Relaxed) {
+            old = Word(seen);
+        }
+        if !held.is_cpu() && !leaves {
+            self.head[HEAD_AWAY].fetch_sub(1, AcqRel);
+        }
+        old
+    }
+
+    /// How many pages of the block are away: never fewer than that.
     pub(crate) fn away(&self) -> u64 {
         self.head[HEAD_AWAY].load(Acquire)
     }
 
-    /// Whether somebody holds one of `pages`: it may be on its way out, and not yet count as away.
-    pub(crate) fn any_held(&self, pages: &PageSet) -> bool {
-        pages.iter().any(|i| self.word(i).locked())
-    }
-
-    /// The pages that somebody holds.
-    pub(crate) fn held(&self) -> PageSet {
-        (0..BLOCK_PAGES).filter(|&i| self.word(i).locked()).collect()
+    /// The pages that are away, or that somebody holds: those may be on their way out, and not count as away yet.
+    ///
+    /// A page that leaves is held first and away afterwards. One look at its word sees one or the other, two looks may
+    /// see neither.
+    pub(crate) fn unsettled(&self) -> PageSet {
+        let at_rest = |word: Word| word.is_cpu() && !word.locked();
+        (0..BLOCK_PAGES).filter(|&i| !at_rest(self.word(i))).collect()
     }
 
     /// In a forked child, before any of its engine threads runs: gives page `i` a place, whoever held its lock.
@@ -415,20 +422,8 @@ impl<'w> Transit<'w> {
     /// Changes where held page `i` is, and keeps holding it.
     pub(crate) fn set(&mut self, i: usize, place: Place) {
         debug_assert!(self.held.has(i));
-        // Unlock and lock in one step would be the same store with the lock bit; the wait mark must survive it.
-        let old = self.block.word(i);
-        let new = Word::of(place).0 | LOCKED;
-        let mut now = old.0;
-        while let Err(seen) = self.block.words[i].compare_exchange_weak(now, new | (now & WAITED), AcqRel, Relaxed) {
-            now = seen;
-        }
-        if old.is_cpu() != matches!(place, Place::Cpu) {
-            if old.is_cpu() {
-                self.block.head[HEAD_AWAY].fetch_add(1, AcqRel);
-            } else {
-                self.block.head[HEAD_AWAY].fetch_sub(1, AcqRel);
-            }
-        }
+        // The mark of who waits must survive.
+        self.block.change(i, place, |old| Word(Word::of(place).0 | LOCKED | old.0 & WAITED));
     }
 
     /// Lets page `i` go at `place`.
@@ -599,7 +594,16 @@ fn take(counter: &AtomicU32, limit: usize, spare: u32) -> Result<u32, NoRecord> 
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+
     use super::*;
+
+    #[derive(Debug)]
+    struct NoWaker;
+
+    impl Waker for NoWaker {
+        fn wake(&self, _: PageRange) {}
+    }
 
     #[test]
     fn a_warm_page_is_passed_by_and_cools() {
@@ -611,6 +615,41 @@ mod tests {
         assert_eq!((0..100).take_while(|_| block.cool(3)).count(), usize::from(HEAT_STEP));
         (0..100).for_each(|_| block.warm(3));
         assert_eq!((0..100).take_while(|_| block.cool(3)).count(), usize::from(HEAT_MAX));
+    }
+
+    #[test]
+    fn a_page_on_its_way_out_is_never_taken_for_one_at_rest() {
+        arena::init(256 << 20).unwrap();
+        let block = Blocks::new(1).unwrap().find_or_add(VirtAddr::new(0x4000_0000), 0).unwrap();
+        let (registered, done) = (AtomicBool::new(false), AtomicBool::new(false));
+        std::thread::scope(|s| {
+            // As `release_block` does.
+            s.spawn(|| {
+                while !done.load(Relaxed) {
+                    let _registration = block.lock_registration();
+                    if block.unsettled().is_empty() {
+                        registered.store(false, SeqCst);
+                    }
+                }
+            });
+            // As `lift_out` does: the page does not count as away before the registration lock is free again.
+            for _ in 0..20_000 {
+                let mut transit = Transit::new(block, &NoWaker);
+                transit.hold(BLOCK_PAGES - 1);
+                let registration = block.lock_registration();
+                registered.store(true, SeqCst);
+                drop(registration);
+                transit.put(BLOCK_PAGES - 1, Place::Staged { slot: Slot::from_number(1), exclusive: None });
+                transit.hold(BLOCK_PAGES - 1);
+                let lost = !registered.load(SeqCst);
+                transit.put(BLOCK_PAGES - 1, Place::Cpu);
+                if lost {
+                    done.store(true, Relaxed);
+                    panic!("the block was released while its page was away");
+                }
+            }
+            done.store(true, Relaxed);
+        });
     }
 
     #[test]

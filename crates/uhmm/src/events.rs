@@ -263,12 +263,12 @@ impl<O: Os> Core<O> {
         });
     }
 
-    /// Waits until nothing is away at `range`, to which a mapping has moved: what was there has left, and who unmapped or moved
-    /// it is about to say so, or has in an event that was deferred.
+    /// Waits until nothing is away at `range`, or on its way, to which a mapping has moved: what was there has left, and who
+    /// unmapped or moved it is about to say so, or has in an event that was deferred.
     fn clear_the_way(&'static self, range: PageRange, reader: &mut Reader<O::Child>) {
         let start = std::time::Instant::now();
         let mut spins = 0;
-        while let Some(page) = self.any_away(range) {
+        while let Some(page) = self.any_unsettled(range) {
             let concerns = |event: &Event<O::Child>| match event {
                 Event::Unmap(gone) => gone.overlaps(range),
                 Event::Remap { from, len, .. } => PageRange::new(*from, *len).is_ok_and(|old| old.overlaps(range)),
@@ -298,18 +298,18 @@ impl<O: Os> Core<O> {
                 Some(event) => reader.deferred.put(event),
                 None => {}
             }
+            // Who lifts holds pages, and waits to know whether its event was among these.
+            self.lifts.looked();
             assert!(start.elapsed().as_secs() < 10, "page {page} has two homes after mremap");
         }
     }
 
-    /// A page of `range` that is away, if there is one.
-    fn any_away(&self, range: PageRange) -> Option<VirtAddr> {
+    /// A page of `range` that is away or held, if there is one.
+    fn any_unsettled(&self, range: PageRange) -> Option<VirtAddr> {
         let mut found = None;
         self.blocks.for_each(range, |block| {
-            if block.away() != 0
-                && let Some(part) = PageRange::block_of(block.base()).intersection(range)
-            {
-                found = self.away(block).and(&PageSet::of(part)).iter().next().map(|i| block.page(i));
+            if let Some(part) = PageRange::block_of(block.base()).intersection(range) {
+                found = block.unsettled().and(&PageSet::of(part)).iter().next().map(|i| block.page(i));
             }
             if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
@@ -332,13 +332,8 @@ impl<O: Os> Core<O> {
         let whole = crate::ops::whole_space();
         drop(self.invalidate(&Invalidation { range: whole, cause: Cause::Fork, owner: None }));
         self.blocks.for_each(whole, |block| {
-            // A page that is held may be gone from the program, and not yet count as away (see `lift`).
-            let away = self.away(block).or(&block.held());
-            if away.is_empty() {
-                return ControlFlow::Continue(());
-            }
             let mut transit = Transit::new(block, self);
-            for i in away.iter() {
+            for i in block.unsettled().iter() {
                 let place = self.hold_draining(&mut transit, i, reader);
                 let bytes = match place {
                     // The child has them from the kernel.

@@ -264,8 +264,8 @@ impl<O: Os> Core<O> {
     pub(crate) fn release_block_now(&'static self, ctx: &mut Ctx, block: Block) -> bool {
         let Ok(_inside) = self.gate.enter(ctx.slot) else { return false };
         let Some(_registration) = block.try_lock_registration() else { return false };
-        // A page that is copied out of the program (see `lift`) relies on the registration before it counts as away.
-        if block.away() != 0 || block.any_held(&PageSet::ALL) {
+        // A page that is lifted out of the program relies on the registration before it counts as away.
+        if !block.unsettled().is_empty() {
             return false;
         }
         let released = self.unregister_pieces(PageRange::block_of(block.base()));
@@ -297,9 +297,7 @@ impl<O: Os> Core<O> {
                 if let Ok(_inside) = self.gate.enter(ctx.slot) {
                     let _registration = block.lock_registration();
                     let pages = PageSet::of(part);
-                    released = self.away(block).and(&pages).is_empty()
-                        && !block.any_held(&pages)
-                        && self.unregister_pieces(part);
+                    released = block.unsettled().and(&pages).is_empty() && self.unregister_pieces(part);
                 }
                 if released {
                     break;

@@ -25,7 +25,7 @@ use uhmm_sys::{
     Errno,
     addr::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, PageRange, VirtAddr},
     arena, futex,
-    maps::Prot,
+    maps::{Prot, Vma},
     mem::HostBytes,
     pagemap::Page,
     uffd::{RegisterMode, Wake},
@@ -38,7 +38,6 @@ use crate::{
     migrate::{Berth, Pass, refusal},
     os::{MANAGED, Os},
     page_set::{PageSet, Run},
-    staging::Slot,
     thread::Ctx,
 };
 
@@ -54,6 +53,8 @@ const DONE: u32 = 5;
 #[derive(Debug)]
 pub(crate) struct Lifts {
     hop: PageRange,
+    /// The hop and a page behind it: one mapping while no pages stand there.
+    bed: PageRange,
     busy: AtomicBool,
     /// Whether the event of the lift was read.
     told: AtomicBool,
@@ -69,19 +70,20 @@ pub(crate) struct Lifts {
 
 impl Lifts {
     pub(crate) fn new() -> Result<Self, Errno> {
-        arena::pages(BLOCK_SIZE, BLOCK_SIZE).map(Self::at)
+        arena::pages(BLOCK_SIZE + PAGE_SIZE, BLOCK_SIZE).map(Self::at)
     }
 
     /// In a forked child: the same addresses, used by nobody.
     pub(crate) fn inherit(&self) -> Self {
-        Self::at(self.hop)
+        Self::at(self.bed)
     }
 
-    fn at(hop: PageRange) -> Self {
+    fn at(bed: PageRange) -> Self {
+        let hop = PageRange::block_of(bed.start());
         let count = || AtomicU64::new(0);
         let (door, probe) = (AtomicU32::new(IDLE), count());
         let flag = || AtomicBool::new(false);
-        Self { hop, busy: flag(), told: flag(), door, probe, changes: count(), looks: count() }
+        Self { hop, bed, busy: flag(), told: flag(), door, probe, changes: count(), looks: count() }
     }
 
     /// Where a run of a block's pages stands in the hop: at the same offset, so that a huge folio stays whole.
@@ -150,7 +152,7 @@ impl<O: Os> Drop for Hop<'_, O> {
     fn drop(&mut self) {
         // First the registration, so that emptying it raises no event. Not registered is as good.
         let _ = self.core.os.unregister(self.used);
-        let _ = self.core.os.renew(self.used);
+        let _ = self.core.os.renew(self.core.lifts.bed);
         self.core.lifts.busy.store(false, SeqCst);
     }
 }
@@ -227,7 +229,7 @@ impl<O: Os> Core<O> {
         let part = transit.block().run(run);
         let hop = self.hop(run);
         self.lift(part, hop.used, probe, changes)?;
-        if self.is_foreign(hop.used, probe, berth.slot(run.first)) {
+        if self.is_foreign(hop.used, probe) {
             // At once, before its owner misses them; where that fails they go back by copy, below. Nothing but what was there:
             // the owner of a mapping that was still empty may have filled it by now.
             let back = |there: Run| self.os.lift(self.lifts.place(there), transit.block().run(there)).is_ok();
@@ -313,7 +315,7 @@ impl<O: Os> Core<O> {
             if let Ok(_inside) = self.gate.enter(ctx.slot) {
                 lifts.door.store(INSIDE, Release);
                 let mut spins = 0;
-                while lifts.door.load(Acquire) != DONE && !self.has_arrived(VirtAddr::new(lifts.probe.load(Acquire))) {
+                while lifts.door.load(Acquire) != DONE && !self.has_lifted(spins % 64 == 63) {
                     pause(&mut spins);
                 }
             } else {
@@ -327,9 +329,17 @@ impl<O: Os> Core<O> {
         }
     }
 
-    /// Whether a page stands at `at`, in the hop.
-    fn has_arrived(&self, at: VirtAddr) -> bool {
-        self.lifts.door.load(Acquire) == LIFTING && self.os.page(at).is_ok_and(Page::is_there)
+    /// Whether the lift under way has happened. The page that was to tell may be gone since it was seen; with a `close`
+    /// look, which takes longer, the mapping tells.
+    fn has_lifted(&self, close: bool) -> bool {
+        let lifts = &self.lifts;
+        if lifts.door.load(Acquire) != LIFTING {
+            return false;
+        }
+        let at = VirtAddr::new(lifts.probe.load(Acquire));
+        // What is there at other times reaches beyond the hop.
+        let is_lifted = |vma: Option<Vma>| vma.is_some_and(|vma| vma.range.end() <= lifts.hop.end());
+        self.os.page(at).is_ok_and(Page::is_there) || close && self.os.vma(at).is_ok_and(is_lifted)
     }
 
     /// How many pages there are in `run` before the first that is there and has no bytes; and the number
@@ -366,11 +376,11 @@ impl<O: Os> Core<O> {
     }
 
     /// Whether what was lifted to `to` was not registered, as far as that can be told at once.
-    fn is_foreign(&self, to: PageRange, probe: usize, slot: Slot) -> bool {
-        // Where there is a page already a copy is refused, but for another reason where nothing is registered.
-        let at = to.start().add(probe as u64 * PAGE_SIZE);
+    fn is_foreign(&self, to: PageRange, probe: usize) -> bool {
+        // Where there is a page already a zero page is refused, but for another reason where nothing is registered.
+        let at = PageRange::page_of(to.start().add(probe as u64 * PAGE_SIZE));
         (0..8)
-            .map(|_| self.os.copy(at, self.staging.bytes(slot, 1), Wake::Later).stop)
+            .map(|_| self.os.zero(at, Wake::Later).stop)
             .find(|&stop| stop != Some(Errno::AGAIN))
             .is_some_and(|stop| stop == Some(Errno::NOENT))
     }
