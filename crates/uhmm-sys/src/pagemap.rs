@@ -131,38 +131,63 @@ impl Pagemap {
     fn scan_regions(&self, range: PageRange, out: &mut [Page]) -> Result<(), Errno> {
         assert!(out.len() == range.pages(), "one entry a page");
         out.fill(Page::empty());
-        let mut start = range.start().get();
-        while start < range.end().get() {
+        let mut start = range.start();
+        while let Ok(rest) = PageRange::from_ends(start, range.end()) {
             let mut regions = [Region::default(); REGIONS];
-            let mut arg = ScanArg {
-                size: size_of::<ScanArg>() as u64,
-                flags: 0,
-                start,
-                end: range.end().get(),
-                walk_end: 0,
-                vec: raw::ptr_arg(regions.as_mut_ptr()),
-                vec_len: REGIONS as u64,
-                max_pages: 0,
-                category_inverted: 0,
-                category_mask: 0,
-                // Holes are not reported: they are what `out` says already.
-                category_anyof_mask: IS_PRESENT | IS_SWAPPED,
-                return_mask: IS_WRITTEN | IS_FILE | IS_PRESENT | IS_SWAPPED | IS_PFNZERO | IS_HUGE,
-            };
-            // SAFETY: the structure of this ioctl; `vec` is a local array of `vec_len` plain structures.
-            let filled = unsafe { raw::ioctl(self.fd.as_fd(), IOC_SCAN, &mut arg) }?;
-            for region in regions.iter().take(raw::index(filled)) {
+            let (filled, walk_end) = self.some_regions(rest, &mut regions, 0)?;
+            for region in &regions[..filled] {
                 let first = region.start.saturating_sub(range.start().get()) >> PAGE_SHIFT;
                 let end = region.end.min(range.end().get()).saturating_sub(range.start().get()) >> PAGE_SHIFT;
                 out[raw::index(first)..raw::index(end)].fill(from_categories(region.categories));
             }
-            if arg.walk_end <= start {
+            if walk_end <= start {
                 // The kernel made no progress without saying why. Never seen; a loop would never end.
                 return Err(Errno::IO);
             }
-            start = arg.walk_end;
+            start = walk_end;
         }
         Ok(())
+    }
+
+    /// The first regions of `range` with pages, `max_pages` of these at most (0: any number). Returns how many there are, and
+    /// how far the kernel has looked.
+    fn some_regions(
+        &self,
+        range: PageRange,
+        regions: &mut [Region],
+        max_pages: u64,
+    ) -> Result<(usize, VirtAddr), Errno> {
+        let mut arg = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            flags: 0,
+            start: range.start().get(),
+            end: range.end().get(),
+            walk_end: 0,
+            vec: raw::ptr_arg(regions.as_mut_ptr()),
+            vec_len: regions.len() as u64,
+            max_pages,
+            category_inverted: 0,
+            category_mask: 0,
+            // Holes are not reported.
+            category_anyof_mask: IS_PRESENT | IS_SWAPPED,
+            return_mask: IS_WRITTEN | IS_FILE | IS_PRESENT | IS_SWAPPED | IS_PFNZERO | IS_HUGE,
+        };
+        // SAFETY: the structure of this ioctl; `vec` is an array of `vec_len` plain structures.
+        let filled = unsafe { raw::ioctl(self.fd.as_fd(), IOC_SCAN, &mut arg) }?;
+        Ok((raw::index(filled), VirtAddr::new(arg.walk_end)))
+    }
+
+    /// The first page of `range` that is there, or its start where only looking at each page would tell. `None`: nothing is.
+    ///
+    /// # Errors
+    /// As [`Pagemap::scan`].
+    pub fn first(&self, range: PageRange) -> Result<Option<VirtAddr>, Errno> {
+        if !self.scan {
+            return Ok(Some(range.start()));
+        }
+        let mut region = [Region::default()];
+        let (filled, _) = self.some_regions(range, &mut region, 1)?;
+        Ok((filled > 0).then(|| VirtAddr::new(region[0].start)))
     }
 
     /// As [`Pagemap::scan`], from the words of the page map: no `ZERO` and `HUGE`, but `EXCLUSIVE`.

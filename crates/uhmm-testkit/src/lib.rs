@@ -27,6 +27,8 @@ pub struct Skip(pub String);
 /// If the child fails, dies by a signal, or takes longer than `limit`; its output is in the message.
 pub fn isolated(name: &str, limit: Duration, body: impl FnOnce() -> Result<(), Skip>) {
     if std::env::var(CHILD).is_ok_and(|child| child == name) {
+        // It has a process group of its own: Ctrl-C reaches the parent only.
+        let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
         match body() {
             Ok(()) => println!("child done"),
             Err(Skip(why)) => println!("child skipped: {why}"),

@@ -44,6 +44,7 @@ use crate::{
     lift::Lifts,
     notifier::{Invalidating, Notifiers},
     os::Os,
+    parked::Parked,
     staging::{Chunk, Staging},
     thread::{Ctx, MAX_THREADS},
     trace::{Latency, Stats},
@@ -107,8 +108,7 @@ pub(crate) struct Core<O: Os> {
     pub(crate) stop: AtomicU32,
     /// The limit that reclaim keeps, in bytes; see [`crate::reclaim`].
     pub(crate) resident_limit: AtomicU64,
-    /// Whether more comes home than reclaim can send away: faults wait a little then.
-    pub(crate) reclaim_is_behind: AtomicBool,
+    pub(crate) parked: Parked,
 }
 
 /// An operation that takes pages out is under way; a fork waits for its end.
@@ -186,7 +186,7 @@ impl<O: Os> Core<O> {
             max_mappings: uhmm_sys::limits::max_map_count().unwrap_or(65_530),
             stop: AtomicU32::new(0),
             resident_limit: AtomicU64::new(u64::MAX),
-            reclaim_is_behind: AtomicBool::new(false),
+            parked: Parked::new(),
             os,
         })
     }

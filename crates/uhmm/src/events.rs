@@ -21,6 +21,7 @@ use crate::{
     block::{Block, Place, Transit},
     device::{Cause, CopyOp, Invalidation},
     engine::Core,
+    fault::{Haste, Served},
     gate::pause,
     home::frame_run,
     migrate::SPARE_RECORDS,
@@ -87,9 +88,10 @@ impl<O: Os> Core<O> {
             return Pumped::Fault;
         }
         ctx.depth += 1;
-        self.serve_fault(ctx, addr);
+        if self.serve_fault(ctx, addr, Haste::CanWait) == Served::Now {
+            self.record_fault(read_ns);
+        }
         ctx.depth -= 1;
-        self.record_fault(read_ns);
         Pumped::Fault
     }
 

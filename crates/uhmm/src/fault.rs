@@ -4,8 +4,6 @@
 //! waits for anybody who might wait for the program: it takes page locks only where they are free, and leaves a mark
 //! otherwise.
 
-use std::{sync::atomic::Ordering::Relaxed, time::Instant};
-
 use uhmm_sys::{
     Errno,
     addr::{BLOCK_PAGES, PAGE_SIZE, PageRange, VirtAddr},
@@ -22,7 +20,6 @@ use crate::{
     os::{MANAGED, Os},
     page_set::{PageSet, Run},
     policy,
-    reclaim::{GROWTH_PATIENCE, THROTTLE},
     thread::Ctx,
     trace::{Counter, Why},
 };
@@ -30,18 +27,45 @@ use crate::{
 /// How often a fault is tried again while events are pending, before the thread is sent to fault anew.
 const ATTEMPTS: u32 = 64;
 /// How many pages a first touch fills at least, where its neighbours were never touched either.
-const ZERO_AROUND: usize = 64;
+pub(crate) const ZERO_AROUND: usize = 64;
+
+/// Whether a fault may be made to wait while reclaim is behind (see [`crate::parked`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Haste {
+    /// Its thread waits in the kernel, for whoever answers it.
+    CanWait,
+    /// The caller wants the page on return.
+    Soon,
+    Now,
+}
+
+/// What became of a fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Served {
+    /// Its thread goes on, or whoever holds the page will wake it.
+    Now,
+    /// Reclaim will serve it.
+    Later,
+}
 
 impl<O: Os> Core<O> {
     /// Serves the fault of a thread at `addr`, or sees to it that somebody wakes the thread.
-    pub(crate) fn serve_fault(&'static self, ctx: &mut Ctx, addr: VirtAddr) {
-        let page = PageRange::page_of(addr);
+    pub(crate) fn serve_fault(&'static self, ctx: &mut Ctx, addr: VirtAddr, haste: Haste) -> Served {
         // Registered memory without a record: a hole of a mapping that grew, or that `mremap` brought here. With a record
         // the whole block goes back to native faults.
         let Ok(block) = self.blocks.find_or_add(addr, SPARE_RECORDS) else {
-            return self.zero_alone(ctx, page);
+            self.zero_alone(ctx, PageRange::page_of(addr));
+            return Served::Now;
         };
-        let i = addr.page_in_block();
+        if self.hold_up(block, addr.page_in_block(), haste) {
+            return Served::Later;
+        }
+        self.serve_now(ctx, block, addr);
+        Served::Now
+    }
+
+    fn serve_now(&'static self, ctx: &mut Ctx, block: Block, addr: VirtAddr) {
+        let (page, i) = (PageRange::page_of(addr), addr.page_in_block());
         // Of a coherent device, in a mapping that does not take its pages.
         let mut unmappable = false;
         for attempt in 0..ATTEMPTS {
@@ -54,7 +78,6 @@ impl<O: Os> Core<O> {
             }
             match word.place() {
                 Place::Cpu => {
-                    self.throttle_growth(attempt);
                     if self.fill_hole(ctx, block, i) {
                         return;
                     }
@@ -81,7 +104,6 @@ impl<O: Os> Core<O> {
                     }
                 }
                 Place::Staged { .. } | Place::Device { .. } => {
-                    self.throttle(attempt);
                     let is_away = |n| !block.word(n).is_mapped() && !self.is_mappable(block, n);
                     let window = policy::fault_window(block.policy(), i, is_away);
                     let left_at = block.history(i).0;
@@ -120,7 +142,7 @@ impl<O: Os> Core<O> {
                 let addr = part.start().add(n as u64 * PAGE_SIZE);
                 // It may have come along with one before it.
                 if !page.is_there() && !self.os.page(addr).is_ok_and(Page::is_there) {
-                    self.serve_fault(ctx, addr);
+                    self.serve_fault(ctx, addr, Haste::Soon);
                 }
             }
         }
@@ -148,22 +170,6 @@ impl<O: Os> Core<O> {
         // Without room for more records nothing of it can leave either.
         for part in range.iter_blocks() {
             let _ = self.blocks.find_or_add(part.start(), SPARE_RECORDS);
-        }
-    }
-
-    /// Waits a little where more memory has come home of late than reclaim could send away. Once a fault: it is served in
-    /// any case.
-    fn throttle(&self, attempt: u32) {
-        if attempt == 0 && self.reclaim_is_behind.load(Relaxed) {
-            std::thread::sleep(THROTTLE);
-        }
-    }
-
-    /// Waits for reclaim that is behind, where the process is about to have more memory. Once a fault.
-    fn throttle_growth(&self, attempt: u32) {
-        let start = Instant::now();
-        while attempt == 0 && self.reclaim_is_behind.load(Relaxed) && start.elapsed() < GROWTH_PATIENCE {
-            std::thread::sleep(THROTTLE);
         }
     }
 

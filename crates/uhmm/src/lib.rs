@@ -23,6 +23,7 @@ pub mod notifier;
 mod ops;
 pub mod os;
 mod page_set;
+mod parked;
 pub mod pgmap;
 pub mod policy;
 pub mod reclaim;

@@ -112,6 +112,10 @@ impl Os for LinuxMm {
         self.pagemap.scan(range, out)
     }
 
+    fn first_page(&self, range: PageRange) -> Result<Option<VirtAddr>, Errno> {
+        self.pagemap.first(range)
+    }
+
     fn excluded(&self, f: &mut dyn FnMut(PageRange)) {
         if let Some(range) = arena::range() {
             f(range);

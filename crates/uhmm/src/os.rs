@@ -83,6 +83,11 @@ pub trait Os: Send + Sync + std::fmt::Debug + 'static {
         let mut page = [Page::empty(); 1];
         self.scan(PageRange::page_of(at), &mut page).map(|()| page[0])
     }
+    /// The first page of `range` that is there, or its start where that cannot be told at once. `None`: nothing is.
+    ///
+    /// # Errors
+    /// As [`Os::scan`].
+    fn first_page(&self, range: PageRange) -> Result<Option<VirtAddr>, Errno>;
     /// Calls `f` for memory that must stay: the engine's own, and what the kernel writes to behind a dying thread.
     fn excluded(&self, f: &mut dyn FnMut(PageRange));
     /// Calls `f` for the parts of `range` that the kernel may touch at any time without being served: they must neither leave

@@ -34,6 +34,15 @@ struct Residency {
 }
 
 impl Residency {
+    /// The window of a fault of page `i`: log2 of its pages.
+    fn next_window_log(self, i: usize) -> u64 {
+        match self.next {
+            0 => u64::from(FAULT_AROUND_FIRST.ilog2()),
+            next if next == i as u64 => (self.window_log + 1).min(u64::from(FAULT_AROUND_MAX.ilog2())),
+            _ => self.window_log.saturating_sub(1),
+        }
+    }
+
     // 40 bits of ms (34 years), 4 of doublings, 4 of window, 10 of next.
     fn unpack(word: u64) -> Self {
         Self {
@@ -76,6 +85,11 @@ pub(crate) fn came_home(word: &AtomicU64, now_ms: u64, away_ms: u64) {
     word.store(r.pack(), Relaxed);
 }
 
+/// How many pages a touch of page `i` would bring home at most.
+pub(crate) fn next_window(word: &AtomicU64, i: usize) -> usize {
+    1 << Residency::unpack(word.load(Relaxed)).next_window_log(i)
+}
+
 /// The pages that come home together when page `i` is touched, given which pages are away.
 ///
 /// Starts with the aligned 64 KiB around it. Doubles each time a touch falls just behind the last window, as a
@@ -83,11 +97,7 @@ pub(crate) fn came_home(word: &AtomicU64, now_ms: u64, away_ms: u64) {
 /// has to leave again, and pushes out something better.
 pub(crate) fn fault_window(word: &AtomicU64, i: usize, is_away: impl Fn(usize) -> bool) -> PageSet {
     let mut r = Residency::unpack(word.load(Relaxed));
-    r.window_log = match r.next {
-        0 => u64::from(FAULT_AROUND_FIRST.ilog2()),
-        next if next == i as u64 => (r.window_log + 1).min(u64::from(FAULT_AROUND_MAX.ilog2())),
-        _ => r.window_log.saturating_sub(1),
-    };
+    r.window_log = r.next_window_log(i);
     let pages = 1usize << r.window_log;
     let first = i & !(pages.min(FAULT_AROUND_FIRST) - 1);
     let end = (first + pages).min(BLOCK_PAGES);

@@ -7,8 +7,8 @@
 //! RAM of the process. So what is used again and again stays, what is used once goes first, without sampling and without
 //! access bits.
 //!
-//! Faults on what is away wait a little while more memory is in RAM than the limit allows, and memory that was never touched
-//! waits longer: first touches come to the engine then, one for each block.
+//! While more memory is in RAM than the limit allows, faults that bring in more wait for room (see [`crate::parked`]). So do
+//! first touches: they come to the engine then, one for each block.
 //!
 //! ```text
 //!   program --(clock hand)--> staging, first in ... first out --(still untouched, room needed)--> device
@@ -97,13 +97,13 @@ impl Queue {
 /// The most rounds that go by without a page to set aside before what stands in the queue has to go.
 const MOST_ROUNDS: u32 = 8;
 
-/// How long a fault waits for reclaim that is behind: long enough for it to write a block out.
+/// How long a fault that brings in little waits while reclaim is behind.
 pub(crate) const THROTTLE: Duration = Duration::from_micros(250);
 
-/// How long at most memory that was never touched waits for reclaim that is behind: for each block that grows.
-pub(crate) const GROWTH_PATIENCE: Duration = Duration::from_millis(20);
 /// How many mappings are made to wait for reclaim in one go.
 const SLOWED_AT_ONCE: usize = 256;
+/// How long reclaim may go without freeing anything before faults do not wait for it any more.
+const IDLE: Duration = Duration::from_millis(100);
 /// Smaller mappings grow too little to matter.
 const SLOWED_BYTES: u64 = 2 * BLOCK_SIZE;
 
@@ -113,8 +113,21 @@ struct Reclaim {
     walk: Walk,
     /// The next mapping whose growth is to be slowed down.
     slowed: VirtAddr,
+    /// The last parked fault that was looked at.
+    parked: usize,
     /// Rounds since anything could be set aside.
     idle_rounds: u32,
+    /// When RAM came free last, or need not.
+    freed: Instant,
+}
+
+/// What a policy walks through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Look {
+    /// All memory that may move.
+    All,
+    /// That of which something is there, as far as that can be told at once.
+    Used,
 }
 
 /// A policy's walk through the program's memory, round and round.
@@ -130,41 +143,59 @@ impl<O: Os> Core<O> {
     /// A reclaim thread's life.
     pub(crate) fn run_reclaim(&'static self) {
         let mut ctx = self.new_ctx();
+        self.reclaim_on(&mut ctx);
+        self.parked.set_room(None);
+        self.serve_parked(&mut ctx, &mut 0, u64::MAX);
+    }
+
+    /// Reclaims until the engine stops.
+    fn reclaim_on(&'static self, ctx: &mut Ctx) {
         let Ok(queue) = Queue::new() else { return };
         // It must keep up with a program that allocates on every CPU. Without the privilege it is one among many.
         let _ = uhmm_sys::thread::set_nice(-10);
-        let mut state = Reclaim { queue, walk: Walk::default(), slowed: VirtAddr::new(0), idle_rounds: 0 };
+        let mut state = Reclaim {
+            queue,
+            walk: Walk::default(),
+            slowed: VirtAddr::new(0),
+            parked: 0,
+            idle_rounds: 0,
+            freed: Instant::now(),
+        };
         let mut last_rss = 0u64;
-        let mut worked = true;
         while self.stop.load(Relaxed) == 0 {
             let limit = self.resident_limit.load(Acquire);
             let Ok(rss) = self.os.anon_rss() else { return };
+            // Where nothing can go nobody has to wait for it.
+            let stuck = state.freed.elapsed() > IDLE || self.roomy_device(1).is_none();
+            let most = if stuck { u64::MAX } else { limit.saturating_add(limit / 16 + (8 << 20)) };
+            let room = most.saturating_sub(rss) / PAGE_SIZE;
+            self.serve_parked(ctx, &mut state.parked, room);
+            self.parked.set_room((!stuck).then_some(room));
             // What the program may add until the next look counts as there already.
-            let growth = rss.saturating_sub(last_rss).min(limit / 4);
+            let waits = self.parked.count() as u64 * BLOCK_SIZE;
+            let growth = rss.saturating_sub(last_rss).max(waits).min(limit / 4);
             last_rss = rss;
-            // Where nothing can go (the devices are full) nobody has to wait for it.
-            let behind = worked && rss > limit.saturating_add(limit / 16 + (8 << 20));
-            self.reclaim_is_behind.store(behind, Relaxed);
+            // Before it is too much: it may be some time until this thread looks again.
+            if rss.saturating_add(4 * growth) > most {
+                self.refresh_excluded(ctx);
+                self.slow_growth(ctx, &mut state.slowed);
+            }
             // Some more than is over, so that there is room for a while.
             let over = (rss + growth + limit / 32).saturating_sub(limit);
             if over <= limit / 32 {
-                worked = true;
+                state.freed = Instant::now();
                 std::thread::sleep(TICK);
                 continue;
             }
             self.wait_thawed();
-            self.refresh_excluded(&mut ctx);
-            if behind {
-                self.slow_growth(&ctx, &mut state.slowed);
-            }
-            worked = self.reclaim(&mut ctx, &mut state, over, limit, rss > limit);
-            if !worked {
+            self.refresh_excluded(ctx);
+            if !self.reclaim(ctx, &mut state, over, limit, rss > limit) {
                 std::thread::sleep(TICK);
             }
         }
     }
 
-    /// Has the first touch of a block come to the engine, where it waits for reclaim (see [`Core::serve_fault`]): registers
+    /// Has the first touch of a block come to the engine, where it waits for reclaim (see [`crate::parked`]): registers
     /// mappings that can grow. Memory that the kernel fills by itself would outrun any device.
     ///
     /// Not where system calls are caught: each would have to look up memory that nothing has ever left.
@@ -189,7 +220,7 @@ impl<O: Os> Core<O> {
     }
 
     /// Frees about `over` bytes of RAM, or fewer in [`TICK`]: then it is time to look again how many there are. Returns
-    /// whether anything moved.
+    /// `false` where there is nothing to do for now.
     fn reclaim(&'static self, ctx: &mut Ctx, state: &mut Reclaim, over: u64, limit: u64, urgent: bool) -> bool {
         let start = Instant::now();
         let mut need = over / PAGE_SIZE;
@@ -202,7 +233,10 @@ impl<O: Os> Core<O> {
             if u64::from(self.staging.standing()) < tried && state.idle_rounds < MOST_ROUNDS {
                 let (any, out) = self.set_aside_next(ctx, state);
                 worked |= any;
-                need = need.saturating_sub(out);
+                if out != 0 {
+                    state.freed = Instant::now();
+                    need = need.saturating_sub(out);
+                }
                 continue;
             }
             let Some((at, since)) = state.queue.front() else { break };
@@ -211,16 +245,19 @@ impl<O: Os> Core<O> {
             }
             state.queue.pop();
             let out = self.write_out(at, since);
-            worked |= out != 0;
-            need = need.saturating_sub(out);
+            if out != 0 {
+                worked = true;
+                state.freed = Instant::now();
+                need = need.saturating_sub(out);
+            }
         }
-        worked
+        worked || start.elapsed() >= TICK
     }
 
     /// Sets the pages of the next block aside that the hand comes upon. Returns whether any could be, and how many went on
     /// to a device at once: where pages are copied to be set aside (no `MOVE`), and again to come home, that is as cheap.
     fn set_aside_next(&'static self, ctx: &mut Ctx, state: &mut Reclaim) -> (bool, u64) {
-        let Some(part) = self.next_part(&mut state.walk) else {
+        let Some(part) = self.next_part(&mut state.walk, Look::Used) else {
             state.idle_rounds += 1;
             return (false, 0);
         };
@@ -262,7 +299,7 @@ impl<O: Os> Core<O> {
 
     /// The next part of a block with memory that may move; the walk goes past it. `None` at the end of a round, or where
     /// the process has so many mappings that registering more could keep it from making its own.
-    pub(crate) fn next_part(&self, walk: &mut Walk) -> Option<PageRange> {
+    pub(crate) fn next_part(&self, walk: &mut Walk, look: Look) -> Option<PageRange> {
         loop {
             let at = &mut walk.at;
             let vma: Vma = match self.os.vma(*at) {
@@ -280,6 +317,15 @@ impl<O: Os> Core<O> {
             let rest = PageRange::from_ends(start, vma.range.end());
             match rest {
                 Ok(rest) if is_for_policies(&vma) && !crowded => {
+                    let start = match look {
+                        Look::Used => self.os.first_page(rest).unwrap_or(Some(start)),
+                        Look::All => Some(start),
+                    };
+                    let Some(start) = start else {
+                        *at = rest.end();
+                        continue;
+                    };
+                    let rest = PageRange::from_ends(start, rest.end()).expect("the page lies in it");
                     let part = rest.intersection(PageRange::block_of(start)).expect("the block holds its address");
                     *at = part.end();
                     return Some(part);

@@ -16,7 +16,7 @@ use crate::{
     engine::Core,
     migrate::{Holes, OtherDevices, Outcomes, Plan, ResidencyRule},
     os::Os,
-    reclaim::Walk,
+    reclaim::{Look, Walk},
     trace::Why,
 };
 
@@ -76,7 +76,7 @@ impl<O: Os> Core<O> {
             // Walk on by a random number of parts: cheap, and every part has its turn.
             let mut part = None;
             for _ in 0..=random.below(8) {
-                part = self.next_part(&mut walk);
+                part = self.next_part(&mut walk, Look::All);
             }
             if let Some(part) = part {
                 self.stress_once(&mut ctx, part, &mut random);

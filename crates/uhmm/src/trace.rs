@@ -134,6 +134,8 @@ counters! {
     FaultsZero = "faults_zero",
     /// CPU faults that met a page in transit.
     FaultsWaited = "faults_waited",
+    /// CPU faults that waited for reclaim to make room.
+    FaultsParked = "faults_parked",
     /// CPU faults for which nothing was left to do.
     FaultsStale = "faults_stale",
     /// Device faults.
