@@ -160,7 +160,6 @@ const HEAD_BASE: usize = 0;
 const HEAD_AWAY: usize = 1;
 const HEAD_REGISTRATION: usize = 2;
 const HEAD_POLICY: usize = 3;
-const HEAD_FORK: usize = 4;
 
 /// A block's record. Cheap to copy: it is a set of references into the arena.
 #[derive(Debug, Clone, Copy)]
@@ -309,12 +308,6 @@ impl Block {
     /// The policy's word of this block.
     pub(crate) fn policy(&self) -> &'static AtomicU64 {
         &self.head[HEAD_POLICY]
-    }
-
-    /// The number of the last fork for which the block's frames were shared. Changed only by whoever holds every page
-    /// of the block that is away.
-    pub(crate) fn fork(&self) -> &'static AtomicU64 {
-        &self.head[HEAD_FORK]
     }
 
     /// Holds the block's registration lock: between checking that nothing is away and unregistering, or between

@@ -3,7 +3,7 @@
 use std::sync::{
     RwLock,
     atomic::{
-        AtomicU32,
+        AtomicU32, AtomicU64,
         Ordering::{AcqRel, Acquire},
     },
 };
@@ -178,6 +178,28 @@ impl Entry {
             });
         }
         count
+    }
+
+    /// In a forked child: a set for the frames that its pages are in, a bit for each.
+    pub(crate) fn frame_set(&self) -> Result<&'static [AtomicU64], Errno> {
+        self.memory.as_ref().map_or(Ok(&[]), |memory| memory.shared.ledger.set())
+    }
+
+    /// Whether this process has a reference to a frame.
+    pub(crate) fn has(&self, pfn: DevPfn) -> bool {
+        self.memory.as_ref().is_some_and(|memory| memory.shared.ledger.has(self.member, pfn))
+    }
+
+    /// Whether `member` has a reference to any frame.
+    pub(crate) fn has_any(&self, member: Member) -> bool {
+        self.memory.as_ref().is_some_and(|memory| !memory.shared.ledger.is_empty(member))
+    }
+
+    /// Gives back what this process has a reference to, but for the frames in `named`.
+    pub(crate) fn keep_only(&self, named: &[AtomicU64]) {
+        if let Some(memory) = &self.memory {
+            memory.shared.ledger.others(self.member, named, |frames| self.free(frames));
+        }
     }
 
     /// Whether a frame belongs to a forked child as well.

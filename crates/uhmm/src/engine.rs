@@ -38,7 +38,6 @@ use crate::{
     devices::Devices,
     events::Reader,
     family::{Family, Member},
-    fork::Homecomings,
     gate::{Gate, pause},
     job::{JOBS, Job, Reply, Request},
     lift::Lifts,
@@ -100,8 +99,6 @@ pub(crate) struct Core<O: Os> {
     frozen: AtomicU32,
     /// Whether the fork under way is one whose child takes its memory over.
     sharing: AtomicBool,
-    /// Pages that came home while a fork was under way.
-    pub(crate) homecomings: Homecomings,
     started_ns: u64,
     /// Most mappings that the kernel lets the process have.
     pub(crate) max_mappings: u64,
@@ -149,7 +146,7 @@ impl<O: Os> Core<O> {
             // Nothing is moved home, so nothing can be moved home in it.
             staging.never_recycle();
         }
-        Self::assemble(os, Blocks::new(config.max_blocks)?, staging, Lifts::new()?, stats, Family::new()?, 0)
+        Self::assemble(os, Blocks::new(config.max_blocks)?, staging, Lifts::new()?, stats, Family::new()?)
     }
 
     /// Puts the parts of an address space together.
@@ -160,7 +157,6 @@ impl<O: Os> Core<O> {
         lifts: Lifts,
         stats: Stats,
         (family, member): (Family, Member),
-        forks: u64,
     ) -> Result<Self, Errno> {
         let started_ns = os.now_ns();
         Ok(Self {
@@ -181,7 +177,6 @@ impl<O: Os> Core<O> {
             outs: AtomicU32::new(0),
             frozen: AtomicU32::new(0),
             sharing: AtomicBool::new(false),
-            homecomings: Homecomings::new(forks)?,
             started_ns,
             max_mappings: uhmm_sys::limits::max_map_count().unwrap_or(65_530),
             stop: AtomicU32::new(0),

@@ -7,7 +7,7 @@ use std::{
     ops::ControlFlow,
     sync::atomic::{
         AtomicU64,
-        Ordering::{AcqRel, Acquire, Relaxed, SeqCst},
+        Ordering::{Relaxed, SeqCst},
     },
 };
 
@@ -198,9 +198,6 @@ impl<O: Os> Core<O> {
                 continue;
             }
             let place = self.hold_draining(&mut transit, i, reader);
-            if let Place::Device { device, pfn } = place {
-                self.note_homecoming(block, crate::page_set::Run { first: i, count: 1 }, device, pfn);
-            }
             transit.put(i, Place::Cpu);
             match place {
                 Place::Cpu | Place::Poisoned { .. } => continue,
@@ -252,8 +249,6 @@ impl<O: Os> Core<O> {
                 assert_eq!(replaced, Place::Cpu, "page {target} has two homes after mremap");
                 let (since, why) = block.history(i);
                 block_to.set_history(n, since, why);
-                // A child's reference moves with the page.
-                block_to.fork().fetch_max(block.fork().load(Acquire), AcqRel);
                 dest.put(n, place);
                 if let Place::Device { device, pfn } | Place::Coherent { device, pfn } = place
                     && let Some(entry) = self.devices.get(device)

@@ -142,15 +142,31 @@ impl Ledger {
     /// Takes all frames of a dead member out, by runs.
     pub(crate) fn clear(&self, member: Member, mut f: impl FnMut(FrameRun)) {
         for (n, word) in self.of(member).iter().enumerate() {
-            let mut bits = word.swap(0, AcqRel);
-            while bits != 0 {
-                let at = bits.trailing_zeros();
-                let count = (bits >> at).trailing_ones();
-                bits &= !(ones(count) << at);
-                let first = u32::try_from(n * 64).expect("frames are counted in 32 bits") + at;
-                f(FrameRun { first: DevPfn::new(first), count });
-            }
+            each_run(n, word.swap(0, AcqRel), &mut f);
         }
+    }
+
+    /// An empty set of frames: a bit for each.
+    pub(crate) fn set(&self) -> Result<&'static [AtomicU64], Errno> {
+        arena::slice(self.words)
+    }
+
+    /// Calls `f` for the frames that `member` has a reference to and that are not in `named`, by runs: a bit for each frame.
+    pub(crate) fn others(&self, member: Member, named: &[AtomicU64], mut f: impl FnMut(FrameRun)) {
+        for (n, (word, named)) in self.of(member).iter().zip(named).enumerate() {
+            each_run(n, word.load(Acquire) & !named.load(Acquire), &mut f);
+        }
+    }
+
+    /// Whether `member` has a reference to a frame.
+    pub(crate) fn has(&self, member: Member, pfn: DevPfn) -> bool {
+        let pfn = pfn.get() as usize;
+        self.of(member)[pfn / 64].load(Acquire) >> (pfn % 64) & 1 != 0
+    }
+
+    /// Whether `member` has none.
+    pub(crate) fn is_empty(&self, member: Member) -> bool {
+        self.of(member).iter().all(|word| word.load(Acquire) == 0)
     }
 
     fn of(&self, member: Member) -> &'static [AtomicU64] {
@@ -170,6 +186,17 @@ impl Ledger {
                 part
             })
         })
+    }
+}
+
+/// Calls `f` for each run of ones in word number `n`.
+fn each_run(n: usize, mut bits: u64, f: &mut impl FnMut(FrameRun)) {
+    while bits != 0 {
+        let at = bits.trailing_zeros();
+        let count = (bits >> at).trailing_ones();
+        bits &= !(ones(count) << at);
+        let first = u32::try_from(n * 64).expect("frames are counted in 32 bits") + at;
+        f(FrameRun { first: DevPfn::new(first), count });
     }
 }
 
@@ -200,6 +227,13 @@ mod tests {
                 (first..first + cut.count).for_each(|pfn| assert!(model[member].remove(&pfn)));
             }
             for (member, model) in model.iter().enumerate() {
+                let named: Vec<_> = (0..8).map(|n| AtomicU64::new(0x5555_5555_0000_ffff << n)).collect();
+                let is_named = |pfn: u32| named[pfn as usize / 64].load(Acquire) >> (pfn % 64) & 1 != 0;
+                let mut others = std::collections::BTreeSet::new();
+                ledger.others(Member(member), &named, |run| others.extend(run.first.get()..run.first.get() + run.count));
+                prop_assert_eq!(others, model.iter().copied().filter(|&pfn| !is_named(pfn)).collect());
+                (0..500).for_each(|pfn| assert_eq!(ledger.has(Member(member), DevPfn::new(pfn)), model.contains(&pfn)));
+                prop_assert_eq!(ledger.is_empty(Member(member)), model.is_empty());
                 let mut found = std::collections::BTreeSet::new();
                 ledger.clear(Member(member), |run| found.extend(run.first.get()..run.first.get() + run.count));
                 prop_assert_eq!(&found, model);

@@ -10,8 +10,8 @@
 //!   process that forks to save itself (a database) from filling RAM.
 //!
 //! In the child each page that is away by the books is looked up in the child's own page table: a page that was on its
-//! way home at that moment is either there, and then newer, or not, and then still in its frame. Pages that came home
-//! between the preparation and the fork are in a log, so that the child can give their references back.
+//! way home at that moment is either there, and then newer, or not, and then still in its frame. What the child has a
+//! reference to and no page in (pages that came home between the preparation and the fork) it gives back.
 //!
 //! A fork by a raw system call raises an event where the process is privileged, and the child is given the bytes of
 //! the pages that are away before anything else happens (see [`crate::events`]). `uhmm doctor` says where it is not.
@@ -34,8 +34,8 @@ use std::{
 
 use uhmm_sys::{
     Errno,
-    addr::{BLOCK_PAGES, PageRange, VirtAddr},
-    arena, fork,
+    addr::{BLOCK_PAGES, PageRange},
+    fork,
     pagemap::Page,
     uffd::{RegisterMode, Wake},
 };
@@ -46,14 +46,13 @@ use crate::{
     engine::Core,
     family::Member,
     gate::pause,
-    home::frame_run,
     job::{Reply, Request},
     linux::LinuxMm,
     migrate::PageOutcome,
     mm,
     ops::whole_space,
     os::{MANAGED, Os},
-    page_set::{PageSet, Run},
+    page_set::PageSet,
     staging::Staging,
     thread::Ctx,
     trace::{Counter, Why},
@@ -181,7 +180,9 @@ extern "C" fn child() {
     TURN.store(false, Release);
     mm::forget();
     if let Some((core, Sharing::Shared(member))) = under_way {
-        if core.count_away(whole_space()) == 0 && core.homecomings.is_empty() {
+        let mut any = core.count_away(whole_space()) != 0;
+        core.devices.for_each(|entry| any |= entry.has_any(member));
+        if !any {
             // It has no part in any frame.
             core.family.release(member);
         } else {
@@ -199,88 +200,9 @@ extern "C" fn child() {
     }
 }
 
-/// Pages that came home, or were dropped, while a fork was under way: the child may have a reference too many.
-#[derive(Debug)]
-pub(crate) struct Homecomings {
-    /// Page, and frame, device and fork packed. A page of 0: being written.
-    entries: &'static [[AtomicU64; 2]],
-    count: AtomicUsize,
-    /// Number of the fork, from 1. It goes on in the child, whose blocks remember it.
-    fork: AtomicU64,
-}
-
-/// Homecomings that fit the log; handlers wait for the fork's end when it is full.
-const HOMECOMINGS: usize = 1 << 16;
-const FORK_SHIFT: u32 = 40;
-
-impl Homecomings {
-    pub(crate) fn new(fork: u64) -> Result<Self, Errno> {
-        Ok(Self { entries: arena::slice(HOMECOMINGS)?, count: AtomicUsize::new(0), fork: AtomicU64::new(fork) })
-    }
-
-    fn fork(&self) -> u64 {
-        self.fork.load(Acquire)
-    }
-
-    /// Begins anew, for the next fork. Entries that a slow handler still adds for the last one tell by their number.
-    fn begin(&self) {
-        self.fork.fetch_add(1, AcqRel);
-        self.count.store(0, Release);
-    }
-
-    fn add(&self, fork: u64, page: VirtAddr, device: DeviceId, pfn: DevPfn) -> bool {
-        let n = self.count.fetch_add(1, AcqRel);
-        let Some([at, what]) = self.entries.get(n) else {
-            self.count.fetch_sub(1, AcqRel);
-            return false;
-        };
-        // A fork may copy the entry at any moment: it has no page until all of it is there.
-        at.store(0, Release);
-        what.store(fork << FORK_SHIFT | u64::from(pfn.get()) << 8 | device.index() as u64, Release);
-        at.store(page.get(), Release);
-        true
-    }
-
-    /// Whether nothing came home.
-    fn is_empty(&self) -> bool {
-        self.count.load(Acquire) == 0
-    }
-
-    /// Each entry of this fork that is complete.
-    fn each(&self, mut f: impl FnMut(VirtAddr, DeviceId, DevPfn)) {
-        let fork = self.fork() << FORK_SHIFT;
-        for [at, what] in &self.entries[..self.count.load(Acquire).min(HOMECOMINGS)] {
-            let (at, what) = (at.load(Acquire), what.load(Acquire));
-            let pfn = u32::try_from(what >> 8 & 0xffff_ffff).expect("masked to 32 bits");
-            if at != 0
-                && what >> FORK_SHIFT << FORK_SHIFT == fork
-                && let Some(device) = DeviceId::from_index(usize::try_from(what & 0xff).expect("8 bits"))
-            {
-                f(VirtAddr::new(at), device, DevPfn::new(pfn));
-            }
-        }
-    }
-}
-
 impl<O: Os> Core<O> {
-    /// Logs pages that are about to leave their frames, if a fork is under way for which those have a reference more.
-    pub(crate) fn note_homecoming(&self, block: Block, run: Run, device: DeviceId, first: DevPfn) {
-        let fork = self.homecomings.fork();
-        // A block whose frames were not shared yet has no references to give back.
-        if !self.is_frozen() || block.fork().load(Acquire) != fork || !self.is_shared_by_forks(device) {
-            return;
-        }
-        for (i, n) in run.pages().zip(0..) {
-            let mut spins = 0;
-            while !self.homecomings.add(fork, block.page(i), device, first.add(n)) && self.is_frozen() {
-                pause(&mut spins);
-            }
-        }
-    }
-
     pub(crate) fn prepare_fork(&'static self, ctx: &mut Ctx, sharing: Sharing) {
         self.stats.add(Counter::Forks, 1);
-        self.homecomings.begin();
         self.freeze();
         let Sharing::Shared(child) = sharing else {
             self.range_home(ctx, whole_space(), Why::Fork, &mut |_, _| {});
@@ -315,29 +237,32 @@ impl<O: Os> Core<O> {
         }
     }
 
+    /// Whether this process has a reference to a frame of `device`, which the parent had before it.
+    fn has_frame(&self, device: DeviceId, pfn: DevPfn) -> bool {
+        self.devices.get(device).is_some_and(|entry| entry.survives_fork() && entry.has(pfn))
+    }
+
     /// Whether a forked child has the frames of `device` too.
     fn is_shared_by_forks(&self, device: DeviceId) -> bool {
         self.devices.get(device).is_some_and(|entry| entry.survives_fork())
     }
 
-    /// Adds a reference to each frame of a block that the child can use.
+    /// Adds a reference to each frame of a block that the child can use. Those of pages that come home before the fork are
+    /// the child's to give back.
     ///
     /// # Locking
     /// The caller has the reader's lock.
     fn share_block(&'static self, block: Block, child: Member) {
         let mut transit = Transit::new(block, self);
-        // All at once: a page that is on its way home is either home before, or finds the block marked.
         for i in self.away(block).iter() {
-            transit.hold(i);
-        }
-        for i in transit.held().iter() {
-            if let Place::Device { device, pfn } = transit.place(i)
+            let place = transit.hold(i);
+            if let Place::Device { device, pfn } = place
                 && let Some(entry) = self.devices.get(device).filter(|entry| entry.survives_fork())
             {
                 entry.share_with(child, pfn);
             }
+            transit.put(i, place);
         }
-        block.fork().store(self.homecomings.fork(), Release);
     }
 
     /// The pages of a block whose bytes the child could not get at.
@@ -366,40 +291,19 @@ impl<O: Os> Core<O> {
     }
 
     /// Takes the references back that were added for a child that does not exist.
-    pub(crate) fn unshare_frames(&'static self, child: Member) {
-        let give_back = |device, pfn| {
-            if let Some(entry) = self.devices.get(device) {
-                entry.free_of(child, frame_run(pfn, 1));
-            }
-        };
-        let _reader = self.lock_reader();
-        self.blocks.for_each(whole_space(), |block| {
-            let mut transit = Transit::new(block, self);
-            // All at once, as they were added: a page that comes home later must not be logged.
-            for i in self.away(block).iter() {
-                transit.hold(i);
-            }
-            block.fork().store(0, Release);
-            for i in transit.held().iter() {
-                if let Place::Device { device, pfn } = transit.place(i)
-                    && self.is_shared_by_forks(device)
-                {
-                    give_back(device, pfn);
-                }
-            }
-            ControlFlow::Continue(())
+    pub(crate) fn unshare_frames(&self, child: Member) {
+        self.devices.for_each(|entry| {
+            entry.sweep(child);
         });
-        self.homecomings.each(|_, device, pfn| give_back(device, pfn));
         self.family.release(child);
     }
 
     /// In a forked child: the parent's address space as the child's, on a seam of its own. No engine thread runs yet.
     pub(crate) fn inherit(parent: &Self, member: Member, os: O) -> Result<Self, Errno> {
         let staging: Staging = parent.staging.inherit()?;
-        let fork = parent.homecomings.fork();
         let member = (parent.family, member);
         let lifts = parent.lifts.inherit();
-        let core = Self::assemble(os, parent.blocks.inherit(), staging, lifts, parent.stats, member, fork)?;
+        let core = Self::assemble(os, parent.blocks.inherit(), staging, lifts, parent.stats, member)?;
         let mut failed = None;
         // The others' memory is not there.
         parent.devices.for_each(|old| {
@@ -417,20 +321,22 @@ impl<O: Os> Core<O> {
 
     /// In a forked child: settles where each page is, and registers the memory of those that are away. The caller is
     /// the only engine thread, and the program's only thread waits.
-    pub(crate) fn adopt(&'static self, parent: &Self) -> Result<(), Errno> {
+    pub(crate) fn adopt(&'static self) -> Result<(), Errno> {
         let deadline = Instant::now() + Duration::from_secs(10);
-        parent.homecomings.each(|page, device, pfn| {
-            let still = self.blocks.find(page).map(|b| b.word(page.page_in_block()).place());
-            if still != Some(Place::Device { device, pfn }) {
-                self.free_frame(device, pfn);
-            }
-        });
+        let mut named = FrameSets::default();
         let mut result = Ok(());
+        self.devices.for_each(|entry| match entry.frame_set() {
+            Ok(set) => named[entry.id().index()] = set,
+            Err(errno) => result = Err(errno),
+        });
+        result?;
         self.blocks.for_each(whole_space(), |block| {
-            result = self.adopt_block(block, deadline);
+            result = self.adopt_block(block, &named, deadline);
             if result.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
         result?;
+        // What came home, or was dropped, between the preparation and the fork.
+        self.devices.for_each(|entry| entry.keep_only(named[entry.id().index()]));
         let staging = self.staging.range();
         self.os.zap(staging)?;
         if self.os.has_move() {
@@ -439,7 +345,8 @@ impl<O: Os> Core<O> {
         Ok(())
     }
 
-    fn adopt_block(&'static self, block: Block, deadline: Instant) -> Result<(), Errno> {
+    /// Settles the pages of a block, and puts the frames that they are in into `named`.
+    fn adopt_block(&'static self, block: Block, named: &FrameSets, deadline: Instant) -> Result<(), Errno> {
         let range = PageRange::block_of(block.base());
         let mut pages = [Page::empty(); BLOCK_PAGES];
         self.os.scan(range, &mut pages)?;
@@ -448,16 +355,15 @@ impl<O: Os> Core<O> {
             let place = block.word(i).place();
             let here = page.is_there();
             match place {
-                Place::Device { device, .. } if !self.is_shared_by_forks(device) => {
-                    // It could not come home before the fork. The frame is the parent's alone.
-                    block.settle_in_child(i, if here { Place::Cpu } else { Place::Poisoned { device } });
+                Place::Device { .. } if here => block.settle_in_child(i, Place::Cpu),
+                Place::Device { device, pfn } if self.has_frame(device, pfn) => {
+                    named[device.index()][pfn.get() as usize / 64].fetch_or(1 << (pfn.get() % 64), AcqRel);
+                    block.settle_in_child(i, place);
                 }
-                Place::Device { device, pfn } if here => {
-                    block.settle_in_child(i, Place::Cpu);
-                    self.free_frame(device, pfn);
-                }
+                // It could not come home before the fork. The frame is the parent's alone.
+                Place::Device { device, .. } => block.settle_in_child(i, Place::Poisoned { device }),
                 Place::Staged { .. } if !here => staged.insert(i),
-                Place::Device { .. } | Place::Poisoned { .. } => block.settle_in_child(i, place),
+                Place::Poisoned { .. } => block.settle_in_child(i, place),
                 Place::Cpu | Place::Staged { .. } | Place::Coherent { .. } => block.settle_in_child(i, Place::Cpu),
             }
         }
@@ -486,6 +392,9 @@ impl<O: Os> Core<O> {
         Ok(())
     }
 }
+
+/// For each device the frames that pages of this process are in, a bit for each.
+type FrameSets = [&'static [AtomicU64]; DeviceId::MAX];
 
 /// Registers memory that the parent's engine may still have to let go of.
 fn register_patiently(os: &impl Os, range: PageRange, mode: RegisterMode, deadline: Instant) -> Result<(), Errno> {

@@ -243,7 +243,6 @@ impl<O: Os> Core<O> {
             let done = self.note_put(result, run, out);
             self.return_home_slots(ctx, slots, moved);
             if done > 0 {
-                self.note_homecoming(block, Run { first: run.first, count: done }, device, first);
                 self.settle_home(transit, Run { first: run.first, count: done }, why, out);
                 self.renew_frames(device, first, done);
                 self.free_frames(device, frame_run(first, done));

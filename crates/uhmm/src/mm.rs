@@ -919,8 +919,8 @@ fn set_up(start: Start) -> Result<&'static Core<LinuxMm>, StartError> {
         Start::TakeOver(parent, member) => Core::inherit(parent, member, os),
     };
     let core: &'static Core<LinuxMm> = core.and_then(arena::value).map_err(StartError::Memory)?;
-    if let Start::TakeOver(parent, _) = start {
-        core.adopt(parent).map_err(StartError::Memory)?;
+    if matches!(start, Start::TakeOver(..)) {
+        core.adopt().map_err(StartError::Memory)?;
     }
     *lock(&process().running) = Some(core);
     for cpu in thread::allowed_cpus().iter().take(MAX_HANDLERS) {

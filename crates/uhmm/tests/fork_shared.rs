@@ -15,7 +15,7 @@ use uhmm_testkit::{Skip, isolated};
 
 use crate::common::{
     Memory, Plain, eventually,
-    kit::{End, fork_child, wait_for},
+    kit::{Area, End, PAGE, Shape, Via, fork_child, wait_for},
     stamp,
 };
 
@@ -54,6 +54,26 @@ fn the_child_sees_the_moment_of_the_fork_and_frames_stay() {
         assert_eq!(status, End::Exit(0));
         assert!(mm.pages_away() > 1900, "the fork brought {} pages home", 2048 - mm.pages_away());
         memory.check();
+        Ok(())
+    });
+}
+
+#[test]
+fn much_is_dropped_while_nothing_may_leave() {
+    isolated!(|| {
+        // Frames that a child could have too, and more of them than any list of the engine has room for.
+        let (mm, mirror) = hidden(280 << 20)?;
+        let area = Area::new(Shape::Small, 132);
+        let away = mirror.migrate(area.range(), &MigrateOptions::default()).count(PageOutcome::Moved);
+        assert_eq!(away, area.pages);
+        uhmm::still::still(|| {
+            // A call goes on when its event is read; the next waits until that was applied.
+            for part in [0..area.pages - 2, area.pages - 2..area.pages - 1, area.pages - 1..area.pages] {
+                assert_eq!(Via::Raw.munmap(area.page(part.start), part.len() * PAGE), 0);
+            }
+        });
+        eventually("all frames are free", || mirror.frames_used() == 0);
+        assert_eq!(mm.pages_away(), 0);
         Ok(())
     });
 }
