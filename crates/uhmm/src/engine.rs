@@ -92,7 +92,9 @@ pub(crate) struct Core<O: Os> {
     jobs: &'static [Job],
     /// Counts posted jobs; movers sleep on it.
     posted: AtomicU32,
+    /// How many engine threads there have been, and their ids.
     threads: AtomicU32,
+    tids: [AtomicU32; MAX_THREADS],
     /// Operations that take pages out, under way.
     outs: AtomicU32,
     /// Not zero while a fork is being prepared: nothing may leave.
@@ -174,6 +176,7 @@ impl<O: Os> Core<O> {
             jobs: Job::table()?,
             posted: AtomicU32::new(0),
             threads: AtomicU32::new(0),
+            tids: std::array::from_fn(|_| AtomicU32::new(0)),
             outs: AtomicU32::new(0),
             frozen: AtomicU32::new(0),
             sharing: AtomicBool::new(false),
@@ -186,14 +189,20 @@ impl<O: Os> Core<O> {
         })
     }
 
-    /// A new engine thread's things.
+    /// The things of a new engine thread, which is the caller.
     ///
     /// # Panics
     /// When there are too many.
     pub(crate) fn new_ctx(&self) -> Ctx {
         let slot = self.threads.fetch_add(1, AcqRel) as usize;
         assert!(slot < MAX_THREADS, "too many engine threads");
+        self.tids[slot].store(uhmm_sys::thread::gettid(), Relaxed);
         Ctx::new(slot)
+    }
+
+    pub(crate) fn is_engine_thread(&self, tid: u32) -> bool {
+        let count = (self.threads.load(Relaxed) as usize).min(MAX_THREADS);
+        self.tids[..count].iter().any(|id| id.load(Relaxed) == tid)
     }
 
     pub(crate) fn lock_reader(&self) -> MutexGuard<'_, Reader<O::Child>> {

@@ -61,7 +61,7 @@ impl<O: Os> Core<O> {
             }
             let fault = match self.next_event() {
                 Ok(None) => None,
-                Ok(Some(Event::Fault { addr, .. })) => Some(addr),
+                Ok(Some(Event::Fault { addr, tid })) => Some((addr, tid)),
                 Ok(Some(event)) => {
                     self.gate.applying();
                     let mut next = Some(event);
@@ -80,7 +80,7 @@ impl<O: Os> Core<O> {
             self.gate.open();
             fault
         };
-        let Some(addr) = fault else { return Pumped::Nothing };
+        let Some((addr, tid)) = fault else { return Pumped::Nothing };
         let read_ns = self.os.now_ns();
         if ctx.depth >= MAX_DEPTH {
             // Let it fault anew; by then whoever keeps us from serving it may be done.
@@ -88,7 +88,9 @@ impl<O: Os> Core<O> {
             return Pumped::Fault;
         }
         ctx.depth += 1;
-        if self.serve_fault(ctx, addr, Haste::CanWait) == Served::Now {
+        // What an engine thread waits for must not wait for another.
+        let haste = if tid.is_some_and(|tid| self.is_engine_thread(tid)) { Haste::Now } else { Haste::CanWait };
+        if self.serve_fault(ctx, addr, haste) == Served::Now {
             self.record_fault(read_ns);
         }
         ctx.depth -= 1;
@@ -263,9 +265,15 @@ impl<O: Os> Core<O> {
     /// Waits until nothing is away at `range`, or on its way, to which a mapping has moved: what was there has left, and who
     /// unmapped or moved it is about to say so, or has in an event that was deferred.
     fn clear_the_way(&'static self, range: PageRange, reader: &mut Reader<O::Child>) {
-        let start = std::time::Instant::now();
+        let mut start = std::time::Instant::now();
         let mut spins = 0;
-        while let Some(page) = self.any_unsettled(range) {
+        while let Some((block, i)) = self.any_unsettled(range) {
+            if block.word(i).is_cpu() {
+                // On its way from there, or about to stay: nobody says so in an event.
+                self.hold_draining(&mut Transit::new(block, self), i, reader);
+                start = std::time::Instant::now();
+                continue;
+            }
             let concerns = |event: &Event<O::Child>| match event {
                 Event::Unmap(gone) => gone.overlaps(range),
                 Event::Remap { from, len, .. } => PageRange::new(*from, *len).is_ok_and(|old| old.overlaps(range)),
@@ -297,16 +305,16 @@ impl<O: Os> Core<O> {
             }
             // Who lifts holds pages, and waits to know whether its event was among these.
             self.lifts.looked();
-            assert!(start.elapsed().as_secs() < 10, "page {page} has two homes after mremap");
+            assert!(start.elapsed().as_secs() < 10, "page {} has two homes after mremap", block.page(i));
         }
     }
 
     /// A page of `range` that is away or held, if there is one.
-    fn any_unsettled(&self, range: PageRange) -> Option<VirtAddr> {
+    fn any_unsettled(&self, range: PageRange) -> Option<(Block, usize)> {
         let mut found = None;
         self.blocks.for_each(range, |block| {
             if let Some(part) = PageRange::block_of(block.base()).intersection(range) {
-                found = block.unsettled().and(&PageSet::of(part)).iter().next().map(|i| block.page(i));
+                found = block.unsettled().and(&PageSet::of(part)).iter().next().map(|i| (block, i));
             }
             if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });

@@ -83,7 +83,7 @@ impl<O: Os> Core<O> {
                     }
                 }
                 Place::Poisoned { .. } => {
-                    if self.poison(page) != Some(Errno::AGAIN) {
+                    if !self.poison(ctx, block, i) {
                         return self.os.wake(page);
                     }
                 }
@@ -173,13 +173,20 @@ impl<O: Os> Core<O> {
         }
     }
 
-    /// Makes a touch of the page a signal: its bytes are lost. Returns why it is not so yet, if the kernel refused.
-    fn poison(&self, page: PageRange) -> Option<Errno> {
+    /// Makes a touch of page `i` a signal, if its bytes are lost. Returns whether it has to be tried again.
+    fn poison(&self, ctx: &Ctx, block: Block, i: usize) -> bool {
+        let Ok(_inside) = self.gate.enter(ctx.slot) else { return true };
+        // As long as this is inside, what was lost cannot be unmapped and another page be there, but for what the kernel has
+        // not told yet; then it refuses.
+        if !matches!(block.word(i).place(), Place::Poisoned { .. }) {
+            return false;
+        }
+        let page = block.run(Run { first: i, count: 1 });
         match self.os.poison(page).stop {
-            None | Some(Errno::EXIST) => None,
-            Some(Errno::AGAIN) => Some(Errno::AGAIN),
+            Some(Errno::AGAIN) => true,
             // A kernel without poison: no access is the next best.
-            Some(_) => self.os.protect(page, Prot::empty()).err(),
+            Some(Errno::INVAL) => !self.os.is_changing() && self.os.protect(page, Prot::empty()).is_err(),
+            _ => false,
         }
     }
 
@@ -188,10 +195,8 @@ impl<O: Os> Core<O> {
         self.blocks.for_each(crate::ops::whole_space(), |block| {
             if block.away() != 0 {
                 for i in self.away(block).iter() {
-                    let page = block.run(Run { first: i, count: 1 });
                     for attempt in 0..ATTEMPTS {
-                        let lost = matches!(block.word(i).place(), Place::Poisoned { .. });
-                        if !lost || self.poison(page) != Some(Errno::AGAIN) {
+                        if !self.poison(ctx, block, i) {
                             break;
                         }
                         self.settle_events(ctx, attempt);
@@ -286,24 +291,18 @@ impl<O: Os> Core<O> {
     pub(crate) fn release_range(&'static self, ctx: &mut Ctx, range: PageRange) -> bool {
         let mut done = true;
         for part in range.iter_blocks() {
-            let Some(block) = self.blocks.find(part.start()) else {
-                for attempt in 0..ATTEMPTS {
-                    let released = self.gate.enter(ctx.slot).is_ok_and(|_inside| self.unregister_pieces(part));
-                    if released || attempt + 1 == ATTEMPTS {
-                        done &= released;
-                        break;
-                    }
-                    self.settle_events(ctx, attempt);
-                }
-                continue;
-            };
             let mut released = false;
             for attempt in 0..ATTEMPTS {
-                self.block_home(ctx, block, &PageSet::of(part), Why::Asked, &mut |_, _| {});
-                if let Ok(_inside) = self.gate.enter(ctx.slot) {
-                    let _registration = block.lock_registration();
-                    let pages = PageSet::of(part);
-                    released = block.unsettled().and(&pages).is_empty() && self.unregister_pieces(part);
+                if let Some(block) = self.blocks.find(part.start()) {
+                    self.block_home(ctx, block, &PageSet::of(part), Why::Asked, &mut |_, _| {});
+                    if let Ok(_inside) = self.gate.enter(ctx.slot) {
+                        let _registration = block.lock_registration();
+                        let pages = PageSet::of(part);
+                        released = block.unsettled().and(&pages).is_empty() && self.unregister_pieces(part);
+                    }
+                } else {
+                    // Whoever makes a record now registers the block after this.
+                    released = self.alone(|| self.blocks.find(part.start()).is_none() && self.unregister_pieces(part));
                 }
                 if released {
                     break;
@@ -313,6 +312,15 @@ impl<O: Os> Core<O> {
             done &= released;
         }
         done
+    }
+
+    /// Runs `f` while nobody is inside the gate.
+    fn alone<T>(&self, f: impl FnOnce() -> T) -> T {
+        let _reader = self.lock_reader();
+        self.gate.close();
+        let result = f();
+        self.gate.open();
+        result
     }
 
     /// Makes each mapping of `range` registered as a whole, if any part is: a mapping that is registered in parts is

@@ -204,15 +204,8 @@ impl<O: Os> Core<O> {
     pub(crate) fn prepare_fork(&'static self, ctx: &mut Ctx, sharing: Sharing) {
         self.stats.add(Counter::Forks, 1);
         self.freeze();
-        let Sharing::Shared(child) = sharing else {
-            self.range_home(ctx, whole_space(), Why::Fork, &mut |_, _| {});
-            self.poison_all(ctx);
-            // What stays in host memory belongs to the child too: devices ask anew what they may do to it.
-            drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Fork, owner: None }));
-            return;
-        };
-        self.share(true);
-        {
+        if let Sharing::Shared(child) = sharing {
+            self.share(true);
             // No event is applied meanwhile: a page that `mremap` moved to another block would be shared twice, or not at all.
             let _reader = self.lock_reader();
             self.blocks.for_each(whole_space(), |block| {
@@ -226,14 +219,23 @@ impl<O: Os> Core<O> {
         drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Fork, owner: None }));
         let mut idle = 0;
         while self.any_must_come_home() && idle < 2 {
-            let mut any = false;
+            let (mut any, mut stuck) = (false, 0);
             self.blocks.for_each(whole_space(), |block| {
                 let must = self.must_come_home(block);
-                self.block_home(ctx, block, &must, Why::Fork, &mut |_, outcome| any |= outcome == PageOutcome::Moved);
-                ControlFlow::Continue(())
+                let mut moved = must.is_empty();
+                self.block_home(ctx, block, &must, Why::Fork, &mut |_, outcome| moved |= outcome == PageOutcome::Moved);
+                any |= moved && !must.is_empty();
+                stuck = if moved { 0 } else { stuck + 1 };
+                // A device that fails is not asked for all that it has.
+                if stuck < 3 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
             });
             // One round without success may be due to pages that `mremap` moved to where they had been looked for.
             idle = if any { 0 } else { idle + 1 };
+        }
+        if sharing == Sharing::Home {
+            self.poison_all(ctx);
+            // What stays in host memory belongs to the child too: devices ask anew what they may do to it.
+            drop(self.invalidate(&Invalidation { range: whole_space(), cause: Cause::Fork, owner: None }));
         }
     }
 
@@ -272,7 +274,7 @@ impl<O: Os> Core<O> {
         }
         (0..BLOCK_PAGES)
             .filter(|&i| match block.word(i).place() {
-                Place::Device { device, .. } => !self.is_shared_by_forks(device),
+                Place::Device { device, .. } => !self.is_sharing() || !self.is_shared_by_forks(device),
                 Place::Staged { .. } | Place::Coherent { .. } => true,
                 Place::Cpu | Place::Poisoned { .. } => false,
             })

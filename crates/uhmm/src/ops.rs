@@ -8,7 +8,7 @@ use std::{
 use uhmm_sys::{
     addr::{BLOCK_PAGES, PageRange, TASK_SIZE, VirtAddr},
     arena,
-    maps::Prot,
+    maps::{Prot, Vma},
 };
 
 use crate::{
@@ -211,7 +211,11 @@ impl<O: Os> Core<O> {
             }
             let out = self.bring_home(ctx, block, &PageSet::of(part), |_| why);
             out.home.iter().for_each(|i| report(block.page(i), PageOutcome::Moved));
-            let _ = self.os.protect(part, vma.prot);
+            // The program may have given itself access meanwhile.
+            let as_it_was = |now: Vma| now.range.intersection(part) == Some(part) && now.prot == vma.prot | Prot::READ;
+            if self.os.vma(part.start()).is_ok_and(|now| now.is_some_and(as_it_was)) {
+                let _ = self.os.protect(part, vma.prot);
+            }
         }
     }
 
@@ -326,7 +330,11 @@ impl<O: Os> Core<O> {
         self.range_home(ctx, whole, Why::Asked, &mut |_, _| {});
         // What the program has just unmapped does not count, though its event may still be in somebody's hands.
         self.settle_events(ctx, 0);
-        let left = self.count_away(whole);
+        let left = {
+            // No event is applied meanwhile: pages that `mremap` moves to another block would not be counted.
+            let _reader = self.lock_reader();
+            self.count_away(whole)
+        };
         if left == 0 {
             self.blocks.for_each(whole, |block| {
                 for attempt in 0..crate::migrate::ATTEMPTS {

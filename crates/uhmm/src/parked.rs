@@ -59,11 +59,10 @@ impl Parked {
 
     /// Uses up room for `pages`. Returns whether there was enough.
     fn enough_room(&self, pages: usize) -> bool {
+        let pages = i64::try_from(pages).expect("a block's at most");
         // No store where nobody keeps a limit: this is on the way of every fault.
-        self.room.load(Relaxed) == ENDLESS || {
-            let pages = i64::try_from(pages).expect("a block's at most");
-            self.room.fetch_sub(pages, SeqCst) >= pages
-        }
+        let rest = |room| (room != ENDLESS).then_some(room - pages);
+        self.room.fetch_update(SeqCst, Relaxed, rest).map_or(true, |room| room >= pages)
     }
 
     /// How many faults wait.

@@ -253,7 +253,9 @@ impl Staging {
 
     /// A chunk of garbage that nobody needs, to be given back to the kernel by the caller.
     pub(crate) fn shrink(&self) -> Option<Chunk> {
-        self.filled.pop(self.next).or_else(|| self.filled_huge.pop(self.next))
+        let chunk = self.filled.pop(self.next).or_else(|| self.filled_huge.pop(self.next))?;
+        self.state[chunk.0 as usize].store(0, Relaxed);
+        Some(chunk)
     }
 
     /// Puts a chunk back whose memory the kernel has.
