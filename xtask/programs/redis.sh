@@ -4,13 +4,13 @@ sock="$DIR/redis.sock"
 rm -f "$DIR/dump.rdb"
 start() {
     "$@" redis-server --port 0 --unixsocket "$sock" --dir "$DIR" --save "" --enable-debug-command yes \
-        --dbfilename dump.rdb >> "$DIR/redis.log" 2>&1 &
+        --dbfilename dump.rdb >> "$DIR/log" 2>&1 &
     server=$!
     n=0
     until redis-cli -s "$sock" PING 2> /dev/null | grep -q PONG; do
         n=$((n + 1))
         if [ $n -gt 600 ] || ! kill -0 $server 2> /dev/null; then
-            cat "$DIR/redis.log"
+            cat "$DIR/log"
             exit 1
         fi
         sleep 0.1

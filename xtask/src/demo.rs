@@ -1,7 +1,7 @@
 //! The README's first command: a real program, most of its memory away from RAM, the same result.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{BufWriter, Read, Write},
     path::Path,
     process::Command,
@@ -56,16 +56,22 @@ pub fn run(options: &Options) -> Result<bool> {
         options.device,
         sort_words("OUT", "TEXT").join(" ")
     );
+    let log = dir.path().join("log");
     let managed_time = timed(
         Command::new(&uhmm)
             .args(["run", "--resident", &options.resident, "--device", &options.device, "--stats", "--", "sort"])
-            .args(sort_args(&managed, &text)),
-    )?;
-    println!("  {:.1} s", managed_time.as_secs_f64());
+            .args(sort_args(&managed, &text))
+            .stderr(File::create(&log)?),
+    );
+    let figures = fs::read_to_string(&log)?;
+    eprint!("{figures}");
+    println!("  {:.1} s", managed_time?.as_secs_f64());
 
     if !same_bytes(&plain, &managed)? {
         bail!("the results differ");
     }
+    let pages_out = figures.lines().find_map(|line| line.trim().strip_prefix("pages_out ")?.split_whitespace().next());
+    ensure!(pages_out.is_some_and(|pages| pages != "0"), "nothing moved: `uhmm doctor` says what this machine lacks");
     println!("The results are the same, byte for byte.");
     Ok(true)
 }

@@ -77,13 +77,13 @@ pub fn run(options: &Options) -> Result<bool> {
         let modes = [
             (
                 "stress",
-                format!("{} run --stress={} --quiet --device soft:{device_mib}M --", uhmm.display(), options.seed),
+                format!("{} run --stress={} --stats=json --device soft:{device_mib}M --", uhmm.display(), options.seed),
                 None,
             ),
             (
                 "resident",
                 format!(
-                    "{} run --resident {limit_mib}M --quiet --device soft:{device_mib}M,file={} --",
+                    "{} run --resident {limit_mib}M --stats=json --device soft:{device_mib}M,file={} --",
                     uhmm.display(),
                     dir.path().display()
                 ),
@@ -101,6 +101,12 @@ pub fn run(options: &Options) -> Result<bool> {
             }
             if let Some(limit) = limit.filter(|&limit| run.peak_mib > allowed_mib(limit)) {
                 wrong.push(format!("{} MiB in RAM with a limit of {limit} MiB", run.peak_mib));
+            }
+            // What a run under uhmm shows depends on how much moves.
+            let expected = limit.map_or(native.peak_mib / 8, |limit| native.peak_mib.saturating_sub(limit) / 2);
+            if run.out_mib < expected {
+                wrong
+                    .push(format!("{} MiB went out to devices, {expected} or more would have been right", run.out_mib));
             }
             let word = if wrong.is_empty() { "ok" } else { "FAILED" };
             let limit = limit.map_or(String::new(), |limit| format!(", limit {limit} MiB"));
@@ -131,11 +137,14 @@ struct Run {
     output: String,
     took: Duration,
     peak_mib: u64,
+    /// What its processes' engines sent to devices.
+    out_mib: u64,
 }
 
 impl std::fmt::Display for Run {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:7.1} s, {:5} MiB in RAM at most", self.took.as_secs_f64(), self.peak_mib)
+        let Self { took, peak_mib, out_mib, .. } = self;
+        write!(f, "{:7.1} s, {peak_mib:5} MiB in RAM at most, {out_mib:6} MiB out", took.as_secs_f64())
     }
 }
 
@@ -143,6 +152,10 @@ impl std::fmt::Display for Run {
 fn execute(program: &Program, scale: u32, prefix: &str, dir: &Path) -> Result<Run> {
     let script = root().join("xtask/programs").join(format!("{}.sh", program.name));
     let out = dir.join("output");
+    let _ = fs::remove_file(dir.join("log"));
+    fs::write(&out, "")?;
+    // Both streams at its end, wherever that is by then.
+    let output = fs::File::options().append(true).open(&out)?;
     let start = Instant::now();
     let mut child = Command::new("sh")
         .arg(&script)
@@ -150,9 +163,10 @@ fn execute(program: &Program, scale: u32, prefix: &str, dir: &Path) -> Result<Ru
         .env("SCALE", scale.to_string())
         .env("DIR", dir)
         .env("LC_ALL", "C")
+        .env("UHMM_STRICT", "1")
         .stdin(Stdio::null())
-        .stdout(fs::File::create(&out)?)
-        .stderr(fs::File::options().append(true).open(&out)?)
+        .stdout(output.try_clone()?)
+        .stderr(output)
         .process_group(0)
         .spawn()
         .with_context(|| script.display().to_string())?;
@@ -169,12 +183,23 @@ fn execute(program: &Program, scale: u32, prefix: &str, dir: &Path) -> Result<Ru
         }
         thread::sleep(Duration::from_millis(10));
     };
+    let (figures, output): (Vec<_>, Vec<_>) =
+        fs::read_to_string(&out)?.lines().map(str::to_owned).partition(|line| bytes_out(line).is_some());
+    // What does not write to the script's output.
+    let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
+    let bytes: u64 = figures.iter().map(String::as_str).chain(log.lines()).filter_map(bytes_out).sum();
     Ok(Run {
         status,
-        output: fs::read_to_string(&out)?,
+        output: output.join("\n"),
         took: start.elapsed(),
         peak_mib: peaks.values().max().copied().unwrap_or(0) / 1024,
+        out_mib: bytes >> 20,
     })
+}
+
+/// What went out to devices, where the line is one of `--stats=json`.
+fn bytes_out(line: &str) -> Option<u64> {
+    serde_json::from_str::<serde_json::Value>(line).ok()?.get("bytes_out")?.as_u64()
 }
 
 /// Notes the anonymous memory of each process below `pid`, in KiB.

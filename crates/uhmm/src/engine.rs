@@ -102,6 +102,8 @@ pub(crate) struct Core<O: Os> {
     /// Whether the fork under way is one whose child takes its memory over.
     sharing: AtomicBool,
     started_ns: u64,
+    /// In which process, by the number of forks: nobody works on requests elsewhere.
+    generation: usize,
     /// Most mappings that the kernel lets the process have.
     pub(crate) max_mappings: u64,
     pub(crate) stop: AtomicU32,
@@ -181,6 +183,7 @@ impl<O: Os> Core<O> {
             frozen: AtomicU32::new(0),
             sharing: AtomicBool::new(false),
             started_ns,
+            generation: crate::fork::generation(),
             max_mappings: uhmm_sys::limits::max_map_count().unwrap_or(65_530),
             stop: AtomicU32::new(0),
             resident_limit: AtomicU64::new(u64::MAX),
@@ -378,8 +381,17 @@ impl<O: Os> Core<O> {
         result
     }
 
+    /// Whether this is the process that the engine belongs to, and not one forked from it by the C library.
+    pub(crate) fn is_here(&self) -> bool {
+        self.generation == crate::fork::generation()
+    }
+
     /// Posts a job, to be collected.
+    ///
+    /// # Panics
+    /// In a forked child, where nobody would ever answer.
     pub(crate) fn post(&self, request: Request) -> &'static Job {
+        assert!(self.is_here(), "a forked child used its parent's address space; `Mm::open` gives it its own");
         let mut spins = 0;
         let job = loop {
             match self.jobs.iter().find(|job| job.claim()) {

@@ -36,7 +36,8 @@ use uhmm_sys::{
     Errno,
     addr::{BLOCK_PAGES, PageRange},
     fork,
-    pagemap::Page,
+    maps::Prot,
+    pagemap::{Page, Pagemap},
     uffd::{RegisterMode, Wake},
 };
 
@@ -194,6 +195,10 @@ extern "C" fn child() {
             }
         }
         end_fork(core);
+    } else if let Some((core, Sharing::Home)) = under_way
+        && !core.os.tells_of_forks()
+    {
+        core.deny_what_is_away();
     }
     if let Some(f) = IN_CHILD.get() {
         f();
@@ -392,6 +397,24 @@ impl<O: Os> Core<O> {
         }
         block.recount_in_child();
         Ok(())
+    }
+}
+
+impl Core<LinuxMm> {
+    /// In a forked child that is not told of: pages that could not come home before (their device fails) must not be read as
+    /// zeros. Nobody may touch them.
+    fn deny_what_is_away(&self) {
+        let Ok(pagemap) = Pagemap::open() else { return };
+        let mut pages = [Page::empty(); BLOCK_PAGES];
+        self.blocks.for_each(whole_space(), |block| {
+            if block.away() != 0 && pagemap.scan(PageRange::block_of(block.base()), &mut pages).is_ok() {
+                let missing: PageSet = self.away(block).iter().filter(|&i| !pages[i].is_there()).collect();
+                for run in missing.runs() {
+                    let _ = self.os.protect(block.run(run), Prot::empty());
+                }
+            }
+            ControlFlow::Continue(())
+        });
     }
 }
 

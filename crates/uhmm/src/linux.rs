@@ -56,6 +56,11 @@ impl LinuxMm {
         Uffd::open(Self::wanted()).is_ok_and(|uffd| uffd.kernel_faults() == KernelFaults::Yes)
     }
 
+    /// Whether forks by bare system calls are told of, so that a child can be given what is away.
+    pub(crate) fn tells_of_forks(&self) -> bool {
+        self.uffd.features().contains(Features::EVENT_FORK)
+    }
+
     fn wanted() -> Features {
         let mut wanted = Features::EVENT_REMAP
             | Features::EVENT_REMOVE

@@ -17,7 +17,7 @@ use std::{
 use thiserror::Error;
 use uhmm_sys::{
     Errno,
-    addr::{BLOCK_PAGES, PAGE_SHIFT, PageRange, VirtAddr},
+    addr::{BLOCK_PAGES, PAGE_SHIFT, PageRange, TASK_SIZE, VirtAddr},
     arena,
     maps::{Prot, Vma},
     pagemap::Page,
@@ -287,21 +287,18 @@ impl<O: Os> Core<O> {
         policy: DeviceFaultPolicy,
     ) -> Result<Pte, FaultError> {
         let start = Instant::now();
+        if addr.get() >= TASK_SIZE {
+            return Err(FaultError::NoVma { addr });
+        }
         let page = PageRange::page_of(addr);
         let addr = page.start();
+        let timed_out = || FaultError::TimedOut { addr, ms: u64::try_from(BUDGET.as_millis()).expect("short") };
         let mut may_migrate = policy == DeviceFaultPolicy::Migrate;
         self.stats.add(Counter::DeviceFaults, 1);
         loop {
-            if start.elapsed() > BUDGET {
-                return Err(FaultError::TimedOut { addr, ms: u64::try_from(BUDGET.as_millis()).expect("short") });
-            }
+            let left = BUDGET.checked_sub(start.elapsed()).ok_or_else(timed_out)?;
             let entry = self.devices.get(device).filter(|e| e.is_live()).ok_or(FaultError::NoDevice)?;
-            let seq = match self.notifiers.read_begin(entry.subscription()) {
-                Ok(seq) => seq,
-                Err(_) => {
-                    return Err(FaultError::TimedOut { addr, ms: u64::try_from(BUDGET.as_millis()).expect("short") });
-                }
-            };
+            let seq = self.notifiers.read_begin_within(entry.subscription(), left).map_err(|_| timed_out())?;
             let vma = self.check_access(addr, access)?;
             let writable = vma.prot.contains(Prot::WRITE);
             // A block of one mapping may have one entry.

@@ -526,6 +526,10 @@ impl Mm {
     }
 
     fn end_use(&self) -> Result<(), Left> {
+        // In a forked child this is a copy, of what the parent still uses.
+        if !self.core.is_here() {
+            return Ok(());
+        }
         let mut current = lock(&process().current);
         current.users -= 1;
         if current.users != 0 {
@@ -541,7 +545,9 @@ impl Mm {
 
 impl Clone for Mm {
     fn clone(&self) -> Self {
-        lock(&process().current).users += 1;
+        if self.core.is_here() {
+            lock(&process().current).users += 1;
+        }
         Self { core: self.core }
     }
 }

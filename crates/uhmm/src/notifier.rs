@@ -581,7 +581,12 @@ impl<const N: usize> Notifiers<N> {
     /// # Kernel
     /// `mm/mmu_notifier.c: mmu_interval_read_begin()`.
     pub fn read_begin(&self, subscription: &Subscription) -> Result<ReadSeq, TimedOut> {
-        let mut waiter = Waiter::new(self.wait_limit);
+        self.read_begin_within(subscription, self.wait_limit)
+    }
+
+    /// As [`Notifiers::read_begin`], for as long as `limit` at most.
+    pub(crate) fn read_begin_within(&self, subscription: &Subscription, limit: Duration) -> Result<ReadSeq, TimedOut> {
+        let mut waiter = Waiter::new(limit);
         loop {
             // The sequence comes first. One that includes the callback of an invalidation makes its mark visible too;
             // the other way round, one could begin, call back and still run after the look at the marks.

@@ -25,6 +25,8 @@ pub const WORKS: u32 = 0;
 pub const FAILS: u32 = 1;
 /// The device is lost.
 pub const LOST: u32 = 2;
+/// It does not return until it is told something else, and works then.
+pub const STALLS: u32 = 3;
 
 /// Frames in shared memory, a gate for its accesses to host memory, and switches for what goes wrong. Everything that
 /// its methods touch lies in the device itself, which the engine keeps in memory that never moves.
@@ -33,9 +35,9 @@ pub struct Watcher {
     port: OnceLock<Port>,
     /// Fails this many more copies to the device; `u32::MAX` for all.
     pub fail_out: AtomicU32,
-    /// What copies home do: [`WORKS`], [`FAILS`], [`LOST`].
+    /// What copies home do: [`WORKS`], [`FAILS`], [`LOST`], [`STALLS`].
     pub home: AtomicU32,
-    /// Copies home that failed.
+    /// Copies home that failed or stalled.
     pub failed_home: AtomicU32,
     pub flushes: AtomicU32,
     /// An access through a translation is under way: no flush ends before it does.
@@ -166,6 +168,12 @@ impl Device for Watcher {
     fn copy_to_host(&self, ops: &[CopyOp]) -> Result<(), DeviceError> {
         match self.home.load(Relaxed) {
             WORKS => {}
+            STALLS => {
+                self.failed_home.fetch_add(1, Relaxed);
+                while self.home.load(Relaxed) == STALLS {
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
+            }
             mode => {
                 self.failed_home.fetch_add(1, Relaxed);
                 return Err(if mode == LOST { DeviceError::Lost } else { DeviceError::Io(Errno::IO) });
