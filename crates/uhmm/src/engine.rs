@@ -90,7 +90,7 @@ pub(crate) struct Core<O: Os> {
     /// Whether a mapping has moved since the last time that nothing was changing.
     pub(crate) unsettled: AtomicBool,
     jobs: &'static [Job],
-    /// Counts posted jobs; movers sleep on it.
+    /// Counts what movers were roused for; they sleep on it.
     posted: AtomicU32,
     /// How many engine threads there have been, and their ids.
     threads: AtomicU32,
@@ -127,7 +127,7 @@ pub(crate) const NOTIFIERS: usize = 256;
 /// How long a reader waits for an invalidation to end.
 const NOTIFIER_WAIT: Duration = Duration::from_secs(10);
 
-/// How often to look whether processes of the family have ended.
+/// How often to look whether processes of the family have ended, and whether faults wait for too long.
 const SWEEP_INTERVAL: Duration = Duration::from_millis(250);
 
 /// See [`Core::wait_thawed`].
@@ -344,6 +344,7 @@ impl<O: Os> Core<O> {
     /// A mover's life: takes jobs.
     pub(crate) fn run_mover(&'static self) {
         let mut ctx = self.new_ctx();
+        let mut parked = 0;
         while self.stop.load(Relaxed) == 0 {
             let seen = self.posted.load(Acquire);
             let mut worked = false;
@@ -355,11 +356,14 @@ impl<O: Os> Core<O> {
                 }
             }
             if !worked {
-                // The end of another process raises no event.
-                let others = self.family.has_others(self.member);
-                let _ = futex::wait(&self.posted, seen, others.then_some(SWEEP_INTERVAL));
+                // The end of another process raises no event, and reclaim may stand in a device that stalls.
+                let (others, waits) = (self.family.has_others(self.member), self.parked.count() > 0);
+                let _ = futex::wait(&self.posted, seen, (others || waits).then_some(SWEEP_INTERVAL));
                 if others {
                     self.sweep();
+                }
+                if waits {
+                    self.serve_parked(&mut ctx, &mut parked, 0);
                 }
             }
         }
@@ -400,9 +404,14 @@ impl<O: Os> Core<O> {
             }
         };
         job.post(request);
+        self.rouse_mover();
+        job
+    }
+
+    /// Has a mover look for what there is to do.
+    pub(crate) fn rouse_mover(&self) {
         self.posted.fetch_add(1, Release);
         let _ = futex::wake(&self.posted, 1);
-        job
     }
 }
 

@@ -30,6 +30,8 @@ use crate::{
 const HOME_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a device that leaves is waited for: operations that began before it left still finish.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
+/// How long the end of the last use waits to unregister memory while some thread is changing its address space.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 
 impl<O: Os> Core<O> {
     pub(crate) fn execute(&'static self, ctx: &mut Ctx, job: &Job, request: Request) -> Reply {
@@ -336,16 +338,12 @@ impl<O: Os> Core<O> {
             self.count_away(whole)
         };
         if left == 0 {
+            let start = Instant::now();
             self.blocks.for_each(whole, |block| {
-                for attempt in 0..crate::migrate::ATTEMPTS {
-                    if self.release_block_now(ctx, block) {
-                        break;
-                    }
-                    self.settle_events(ctx, attempt);
-                }
+                self.until_settled(ctx, start, |ctx| self.release_block_now(ctx, block));
                 ControlFlow::Continue(())
             });
-            self.unregister_rest(ctx);
+            self.unregister_rest(ctx, start);
             // Whoever could use one of them holds the address space too, and nobody does.
             self.devices.for_each(|entry| {
                 entry.leave();
@@ -356,20 +354,28 @@ impl<O: Os> Core<O> {
         left
     }
 
+    /// Calls `f` until it says that it is done, while events settle; until [`CLOSE_PATIENCE`] is over, counted from `start`.
+    /// What is registered then stays so: its touches are answered as before.
+    fn until_settled(&'static self, ctx: &mut Ctx, start: Instant, mut f: impl FnMut(&mut Ctx) -> bool) {
+        for attempt in 0.. {
+            if f(ctx) || start.elapsed() > CLOSE_PATIENCE {
+                return;
+            }
+            self.settle_events(ctx, attempt);
+        }
+    }
+
     /// Unregisters memory that belongs to no record: mappings that grew, or that `mremap` brought somewhere else.
-    fn unregister_rest(&'static self, ctx: &mut Ctx) {
+    fn unregister_rest(&'static self, ctx: &mut Ctx, start: Instant) {
         let mut at = VirtAddr::new(0);
         while let Ok(Some(vma)) = self.os.vma(at) {
             at = vma.range.end();
             if refusal(&vma) == Some(PageOutcome::Special) || vma.range.overlaps(self.staging.range()) {
                 continue;
             }
-            for attempt in 0..crate::migrate::ATTEMPTS {
-                if self.gate.enter(ctx.slot).is_ok_and(|_inside| self.unregister_pieces(vma.range)) {
-                    break;
-                }
-                self.settle_events(ctx, attempt);
-            }
+            self.until_settled(ctx, start, |ctx| {
+                self.gate.enter(ctx.slot).is_ok_and(|_inside| self.unregister_pieces(vma.range))
+            });
         }
     }
 

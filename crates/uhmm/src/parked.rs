@@ -2,7 +2,7 @@
 //!
 //! Reclaim says from time to time how much room there is, and faults use it up. Where none is left a fault that would bring
 //! much into RAM is not answered: its thread waits in the kernel, and its address here. Reclaim answers it when there is room
-//! again, or after a second in any case. So a program gets memory no faster than the devices take it, even while
+//! again; after a second somebody does in any case. So a program gets memory no faster than the devices take it, even while
 //! reclaim waits for a processor, and no handler sleeps for that.
 
 use std::sync::atomic::{
@@ -102,6 +102,7 @@ impl<O: Os> Core<O> {
         }
         if haste == Haste::CanWait && cost >= WORTH_IT && self.parked.put(block.page(i), self.os.now_ns()) {
             self.stats.add(Counter::FaultsParked, 1);
+            self.rouse_mover();
             return true;
         }
         if cost > 0 {

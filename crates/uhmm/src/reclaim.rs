@@ -229,7 +229,7 @@ impl<O: Os> Core<O> {
         state.idle_rounds = 0;
         while need != 0 && start.elapsed() < TICK {
             // Something stands in the queue at all times, so that what leaves for good has been tried first.
-            let tried = limit / TRIAL_SHARE / PAGE_SIZE;
+            let tried = (limit / TRIAL_SHARE).max(BLOCK_SIZE) / PAGE_SIZE;
             if u64::from(self.staging.standing()) < tried && state.idle_rounds < MOST_ROUNDS {
                 let (any, out) = self.set_aside_next(ctx, state);
                 worked |= any;

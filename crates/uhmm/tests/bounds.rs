@@ -10,21 +10,30 @@ mod common;
 use std::{
     ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::atomic::Ordering::Relaxed,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use uhmm::{
-    DeviceFaultPolicy, FaultError, MigrateOptions, Mm, PageOutcome,
+    DeviceFaultPolicy, FaultError, MigrateOptions, Mirror, Mm, PageOutcome,
     addr::{PAGE_SIZE, PageRange, TASK_SIZE, VirtAddr},
     device_table::Access,
     mm::Location,
+    trace::Counter,
 };
-use uhmm_testkit::isolated;
+use uhmm_sys::{
+    thread,
+    uffd::{Features, RegisterMode, Uffd},
+};
+use uhmm_testkit::{Skip, isolated};
 
 use crate::common::{
     eventually,
-    kit::{Area, End, PAGE, Shape, fork_child, open, peek, send, virt, wait_for},
+    kit::{Area, End, PAGE, Shape, Via, fork_child, open, peek, send, summary, virt, wait_for, write_page},
     watcher::{FAILS, STALLS, WORKS, Watcher},
 };
 
@@ -65,6 +74,190 @@ fn a_device_fault_ends_within_its_budget_while_another_device_stalls() {
     });
 }
 
+/// A thread that changes the address space and does not get on: its event is read, and it has no processor to go on with. Until
+/// then the kernel refuses whatever the engine wants to install or move.
+struct Held {
+    over: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Held {
+    /// Memory of which something is away is unmapped, which takes its time.
+    fn new(mirror: &Mirror<Watcher>) -> Result<Self, Skip> {
+        let area = Area::filled(Shape::Small, 1, 9);
+        send(mirror, &area);
+        let (over, device) = (Arc::new(AtomicBool::new(false)), mirror.device());
+        device.stall_gate.store(true, Relaxed);
+        let (changer, spinner) = (Arc::clone(&over), Arc::clone(&over));
+        let (running, runs) = std::sync::mpsc::channel();
+        let change = std::thread::spawn(move || {
+            thread::pin_to(1).unwrap();
+            assert_eq!(Via::Raw.munmap(area.start, area.len()), 0);
+            changer.store(true, Relaxed);
+        });
+        eventually("somebody is about to read the event", || device.gate_stalls.load(Relaxed));
+        let spin = std::thread::spawn(move || {
+            let may = thread::pin_to(1).is_ok() && run_before_all_others();
+            running.send(may).unwrap();
+            while may && !spinner.load(Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        let held = runs.recv().unwrap();
+        device.stall_gate.store(false, Relaxed);
+        let held = Self { over, threads: vec![spin, change] }.filter(held);
+        eventually("the event is read", || !device.gate_stalls.load(Relaxed));
+        held
+    }
+
+    fn filter(self, held: bool) -> Result<Self, Skip> {
+        if held { Ok(self) } else { Err(Skip("no thread can be kept from its processor by this user".to_owned())) }
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.load(Relaxed)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.over.store(true, Relaxed);
+        self.threads.drain(..).for_each(|thread| thread.join().unwrap());
+    }
+}
+
+/// Returns whether the calling thread may.
+fn run_before_all_others() -> bool {
+    let param = libc::sched_param { sched_priority: 1 };
+    // SAFETY: a local that the kernel reads.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const param) == 0 }
+}
+
+/// Calls `f` while a change is held; again where it was not held to its end, which the kernel sees to after a second.
+fn while_changing<T>(mirror: &Mirror<Watcher>, mut f: impl FnMut() -> T) -> Result<T, Skip> {
+    for _ in 0..50 {
+        let held = Held::new(mirror)?;
+        let result = f();
+        if !held.is_over() {
+            return Ok(result);
+        }
+    }
+    panic!("the thread that changes the address space always gets on");
+}
+
+/// An address space and a device, where a thread can be kept from its processor.
+fn with_two_processors(frames: u64) -> Result<(Mm, Mirror<Watcher>), Skip> {
+    // SAFETY: asks for a number.
+    if unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) } < 2 {
+        return Err(Skip("one processor only".to_owned()));
+    }
+    thread::pin_to(0).unwrap();
+    let mm = open()?;
+    let mirror = Watcher::register(&mm, frames);
+    Ok((mm, mirror))
+}
+
+#[test]
+fn a_migration_gives_up_while_the_address_space_changes() {
+    isolated!(|| {
+        let (_mm, mirror) = with_two_processors(2048)?;
+        let (area, report) = while_changing(&mirror, || {
+            let area = Area::filled(Shape::Small, 1, 1);
+            (area, mirror.migrate(area.range(), &MigrateOptions::default()))
+        })?;
+        assert_eq!(report.count(PageOutcome::TimedOut), area.pages, "{:?}", summary(&report));
+        send(&mirror, &area);
+        area.check(1);
+        Ok(())
+    });
+}
+
+#[test]
+fn memory_is_not_released_while_the_address_space_changes() {
+    isolated!(|| {
+        let (mm, mirror) = with_two_processors(2048)?;
+        let area = Area::filled(Shape::Small, 1, 1);
+        let released = while_changing(&mirror, || mm.release(area.range()))?;
+        assert!(!released);
+        send(&mirror, &area);
+        assert!(mm.release(area.range()));
+        area.check(1);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_touch_is_sent_to_fault_anew_while_the_address_space_changes() {
+    isolated!(|| {
+        let (mm, mirror) = with_two_processors(4096)?;
+        let areas: Vec<_> = (0..50).map(|_| Area::filled(Shape::Small, 1, 1).part(0..20)).collect();
+        areas.iter().for_each(|area| send(&mirror, area));
+        let mut rest = areas.iter();
+        let stale = || mm.stats().get(Counter::FaultsStale);
+        std::thread::scope(|s| {
+            let touched = while_changing(&mirror, || {
+                let (before, start) = (stale(), Instant::now());
+                let area = rest.next().expect("as many as there are attempts");
+                s.spawn(|| area.check(1));
+                while stale() == before && start.elapsed() < Duration::from_millis(300) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                stale() > before
+            });
+            assert!(touched?, "the fault waits for the change");
+            Ok(())
+        })?;
+        areas.iter().for_each(|area| area.check(1));
+        Ok(())
+    });
+}
+
+#[test]
+fn the_end_waits_for_a_change_and_leaves_nothing_registered() {
+    isolated!(|| {
+        let (mm, mirror) = with_two_processors(2048)?;
+        let area = Area::filled(Shape::Small, 1, 1);
+        send(&mirror, &area);
+        let held = Held::new(&mirror)?;
+        mirror.close().unwrap();
+        mm.close().unwrap();
+        drop(held);
+        area.check(1);
+        // Another's userfaultfd can have it.
+        let other = Uffd::open(Features::empty()).unwrap();
+        other.register(area.range(), RegisterMode::MISSING).unwrap();
+        Ok(())
+    });
+}
+
+#[test]
+fn a_fault_waits_a_second_for_a_device_that_stalls() {
+    isolated!(|| {
+        let mm = open()?;
+        let mirror = Watcher::register(&mm, 64 * 512);
+        if !mm.serves_kernel_faults() {
+            return Err(Skip("first touches do not come to the engine".to_owned()));
+        }
+        let (used, fresh) = (Area::filled(Shape::Small, 32, 1), Area::new(Shape::Small, 200));
+        mirror.device().stall_out.store(true, Relaxed);
+        mm.keep_resident(1 << 20).unwrap();
+        // Until reclaim has registered it the kernel fills it in by itself.
+        let parked = || mm.stats().get(Counter::FaultsParked);
+        let mut blocks = 0..200;
+        let mut longest = Duration::ZERO;
+        while parked() == 0 {
+            let start = Instant::now();
+            write_page(fresh.page(512 * blocks.next().expect("some touch waits")), 2, 0);
+            longest = longest.max(start.elapsed());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(longest > Duration::from_millis(900) && longest < Duration::from_secs(20), "{longest:?}");
+        mirror.device().stall_out.store(false, Relaxed);
+        used.check(1);
+        Ok(())
+    });
+}
+
 #[test]
 fn a_migration_does_not_wait_for_a_fork_for_ever() {
     isolated!(|| {
@@ -76,11 +269,8 @@ fn a_migration_does_not_wait_for_a_fork_for_ever() {
         let report = uhmm::still::still(|| takes(90..20_000, send));
         assert_eq!(report.count(PageOutcome::Busy), area.pages);
         let atomic = || mirror.port().unwrap().fault(virt(area.start), Access::Atomic, DeviceFaultPolicy::Map);
-        let addr = virt(area.start);
-        assert_eq!(
-            uhmm::still::still(|| takes(90..20_000, atomic)).unwrap_err(),
-            FaultError::TimedOut { addr, ms: 100 }
-        );
+        let answer = uhmm::still::still(|| takes(90..20_000, atomic)).unwrap_err();
+        assert!(matches!(answer, FaultError::TimedOut { ms: 100.., .. }), "{answer}");
         assert_eq!(send().count(PageOutcome::Moved), area.pages);
         area.check(1);
         Ok(())

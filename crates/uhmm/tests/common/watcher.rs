@@ -35,6 +35,11 @@ pub struct Watcher {
     port: OnceLock<Port>,
     /// Fails this many more copies to the device; `u32::MAX` for all.
     pub fail_out: AtomicU32,
+    /// Whether copies to the device wait until this changes.
+    pub stall_out: AtomicBool,
+    /// Whether closing the gate takes until this changes, and whether it does so just now.
+    pub stall_gate: AtomicBool,
+    pub gate_stalls: AtomicBool,
     /// What copies home do: [`WORKS`], [`FAILS`], [`LOST`], [`STALLS`].
     pub home: AtomicU32,
     /// Copies home that failed or stalled.
@@ -57,6 +62,9 @@ impl Watcher {
             memory: Mapping::memfd("watcher", frames.max(1) * PAGE_SIZE).unwrap(),
             port: OnceLock::new(),
             fail_out: AtomicU32::new(0),
+            stall_out: AtomicBool::new(false),
+            stall_gate: AtomicBool::new(false),
+            gate_stalls: AtomicBool::new(false),
             home: AtomicU32::new(WORKS),
             failed_home: AtomicU32::new(0),
             flushes: AtomicU32::new(0),
@@ -150,6 +158,9 @@ impl Device for Watcher {
     }
 
     fn copy_to_device(&self, ops: &[CopyOp]) -> Result<(), DeviceError> {
+        while self.stall_out.load(Relaxed) {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
         match self.fail_out.load(Relaxed) {
             0 => {}
             u32::MAX => return Err(DeviceError::NoSpace),
@@ -210,6 +221,11 @@ impl Device for Watcher {
     }
 
     fn close_gate(&self) {
+        while self.stall_gate.load(Relaxed) {
+            self.gate_stalls.store(true, Relaxed);
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        self.gate_stalls.store(false, Relaxed);
         self.expect(!self.gate.swap(true, SeqCst));
         while self.inside.load(SeqCst) != 0 {
             std::hint::spin_loop();
