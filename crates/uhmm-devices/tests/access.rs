@@ -4,18 +4,21 @@
 #[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
 mod common;
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    time::{Duration, Instant},
+};
 
 use uhmm::{
     DeviceFaultPolicy::{Map, Migrate},
     FaultError, MigrateOptions, Mirror, Mm, PageOutcome,
     addr::VirtAddr,
-    device::{Cause, DeviceError},
+    device::{Cause, CopyOp, Device, DeviceError, FrameRun, Invalidation, MemoryKind, MemorySpec},
     mm::Location,
     trace::Counter,
 };
 use uhmm_devices::soft::{AccessError, Lane, RunError, SoftConfig, SoftDevice};
-use uhmm_sys::{Errno, access, mem::Mapping};
+use uhmm_sys::{Errno, access, dispatch::Whereabouts, mem::Mapping};
 use uhmm_testkit::isolated;
 
 use crate::common::{MIB, Memory, PAGE, configs, eventually, is_on, lane, register};
@@ -433,6 +436,99 @@ fn a_closure_that_panics_is_an_error_and_nothing_hangs() {
         let sums = device.run(64, |lane, index| lane.load_u64(memory.addr(index % 16, 0)).unwrap()).unwrap();
         assert_eq!(sums.len(), 64);
         assert_eq!(device.run(65, |_, _| ()), Err(RunError::NoLanes { wanted: 65, free: 64 }));
+        memory.check();
+        Ok(())
+    });
+}
+
+/// A device that stands still where it is told to.
+#[derive(Debug)]
+struct Stall {
+    gate: AtomicBool,
+    out: AtomicBool,
+}
+
+impl Stall {
+    const fn new() -> Self {
+        Self { gate: AtomicBool::new(false), out: AtomicBool::new(false) }
+    }
+
+    fn stand(still: &AtomicBool) {
+        while still.load(Relaxed) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Device for Stall {
+    fn name(&self) -> &'static str {
+        "stall"
+    }
+
+    fn memory(&self) -> MemorySpec {
+        MemorySpec { frames: 512, kind: MemoryKind::Private, survives_fork: false }
+    }
+
+    fn copy_to_device(&self, _: &[CopyOp]) -> Result<(), DeviceError> {
+        Self::stand(&self.out);
+        Err(DeviceError::NoSpace)
+    }
+
+    fn copy_to_host(&self, _: &[CopyOp]) -> Result<(), DeviceError> {
+        Err(DeviceError::NoSpace)
+    }
+
+    fn zero(&self, _: FrameRun) -> Result<(), DeviceError> {
+        Err(DeviceError::NoSpace)
+    }
+
+    fn flush(&self, _: &Invalidation) {}
+
+    fn close_gate(&self) {
+        Self::stand(&self.gate);
+    }
+}
+
+#[test]
+fn an_access_ends_within_its_budget() {
+    isolated!(|| {
+        let mm = Mm::open().unwrap();
+        let budget = Duration::from_millis(200);
+        let config = SoftConfig { access_budget: budget, ..SoftConfig::ram("soft", 4 * MIB) };
+        let mirror = register(&mm, &config, 0);
+        let stall = mm.register(Stall::new()).unwrap();
+        let (memory, other) = (Memory::new(64), Memory::new(64));
+        memory.fill();
+        other.fill();
+        let page = memory.addr(3, 0);
+        let mut lane = lane(&mirror, Map);
+        let mut load = || {
+            let start = Instant::now();
+            (lane.load_u64(page), start.elapsed())
+        };
+        // Another device keeps the page on its way.
+        stall.device().out.store(true, Relaxed);
+        std::thread::scope(|s| {
+            s.spawn(|| stall.migrate(memory.part(0, 8), &MigrateOptions::default()));
+            eventually("the page is held", || mm.look(memory.part(3, 1)) == Whereabouts::Moving);
+            let (answer, took) = load();
+            assert!(matches!(answer, Err(AccessError::Contended { .. })), "{answer:?}");
+            assert!(took > budget && took < 100 * budget, "{took:?}");
+            stall.device().out.store(false, Relaxed);
+        });
+        assert!(load().0.is_ok());
+        // Another device keeps the engine from opening the gates.
+        assert!(mirror.migrate(other.range(), &MigrateOptions::default()).is_complete());
+        stall.device().gate.store(true, Relaxed);
+        std::thread::scope(|s| {
+            s.spawn(|| drop(other));
+            eventually(
+                "the lane is kept out",
+                || matches!(load(), (Err(AccessError::KeptOut { .. }), took) if took > budget),
+            );
+            stall.device().gate.store(false, Relaxed);
+        });
+        assert!(load().0.is_ok());
         memory.check();
         Ok(())
     });

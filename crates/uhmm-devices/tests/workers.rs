@@ -101,7 +101,13 @@ fn tickets_can_be_dropped_and_the_queue_has_an_end() {
         assert!(!tickets.is_empty());
         println!("{} tickets, {full} times full", tickets.len());
         tickets.into_iter().for_each(|ticket| assert!(ticket.wait().is_ok()));
-        assert!(device.stop(SOON));
+        // They end after what is in the queue, and are waited for no longer than was asked.
+        let many = 200_000_000;
+        let last = device.submit(Command::FetchAdd { addr: memory.addr(0, 0), operand: 1, times: many }).unwrap();
+        assert!(!device.stop(Duration::from_millis(10)), "so much is not done in that time");
+        assert!(matches!(device.submit(read), Err(SubmitError::NotRunning)));
+        assert!(device.stop(SOON * 4));
+        assert!(last.is_done());
         assert!(device.stop(SOON));
         Ok(())
     });
