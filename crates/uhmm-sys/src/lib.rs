@@ -39,6 +39,7 @@ pub mod mem;
 pub mod pagemap;
 pub mod probe;
 mod raw;
+pub mod say;
 pub mod signal;
 pub mod space;
 pub mod thread;

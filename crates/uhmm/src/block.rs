@@ -23,15 +23,19 @@
 //! Transitions happen under the page's lock only. `Staged` is a state of rest: a page may stay there for long (set
 //! aside to see whether it is touched, or taken by a device for exclusive access).
 
-use std::sync::atomic::{
-    AtomicU8, AtomicU32, AtomicU64,
-    Ordering::{AcqRel, Acquire, Relaxed, Release},
+use std::{
+    sync::atomic::{
+        AtomicU8, AtomicU32, AtomicU64,
+        Ordering::{AcqRel, Acquire, Relaxed, Release},
+    },
+    time::{Duration, Instant},
 };
 
 use uhmm_sys::{
     Errno,
     addr::{BLOCK_PAGES, BLOCK_SHIFT, PAGE_SHIFT, PageRange, TASK_SIZE, VirtAddr},
     arena,
+    say::{Files, say},
 };
 
 use crate::{
@@ -154,6 +158,9 @@ const HEAT_STEP: u8 = 8;
 /// How often at most: what was used much and is used no more has to go in the end.
 const HEAT_MAX: u8 = 24;
 
+/// How long a page may be held before the user is told.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// How many pages away, the base address and the policy's words of a block.
 const HEAD_WORDS: usize = 8;
 const HEAD_BASE: usize = 0;
@@ -236,6 +243,19 @@ impl Block {
             self.head[HEAD_AWAY].fetch_sub(1, AcqRel);
         }
         old
+    }
+
+    /// Tells the user each minute what somebody waits for: that a page is let go. Most likely its device does not answer; to
+    /// give up would lose the page.
+    pub(crate) fn note_wait(&self, i: usize, spins: u32, start: &mut Instant) {
+        if spins >= 8192 && start.elapsed() >= PATIENCE {
+            *start = Instant::now();
+            let (page, word) = (self.page(i), self.word(i));
+            say(
+                Files::Own,
+                format_args!("page {page} ({word:?}) is waited for since a minute: does its device answer?"),
+            );
+        }
     }
 
     /// How many pages of the block are away: never fewer than that.
@@ -385,22 +405,16 @@ impl<'w> Transit<'w> {
     /// Only for whoever holds no page that the other might want: the reader while it applies an event, or an operation
     /// that goes up through the pages of one block.
     ///
-    /// # Panics
-    /// After a minute: holders let go in bounded time, so one that does not is a bug that must not hang silently.
+    /// Holders let go when the device that copies for them returns.
     pub(crate) fn hold(&mut self, i: usize) -> Place {
-        let start = std::time::Instant::now();
+        let mut start = Instant::now();
         let mut spins = 0;
         loop {
             match self.try_hold(i) {
                 Ok(place) => return place,
                 Err(_) => {
                     pause(&mut spins);
-                    assert!(
-                        spins < 8192 || start.elapsed().as_secs() < 60,
-                        "page {} is held for a minute: {:?}",
-                        self.block.page(i),
-                        self.block.word(i)
-                    );
+                    self.block.note_wait(i, spins, &mut start);
                 }
             }
         }

@@ -373,19 +373,14 @@ impl<O: Os> Core<O> {
     /// A holder that lifts pages (see [`crate::lift`]) waits in the kernel until its own event is read, and may begin
     /// to at any time.
     fn hold_draining(&self, transit: &mut Transit<'_>, i: usize, reader: &mut Reader<O::Child>) -> Place {
-        let start = std::time::Instant::now();
+        let mut start = std::time::Instant::now();
         let mut spins = 0;
         loop {
             if let Ok(place) = transit.try_hold(i) {
                 return place;
             }
             pause(&mut spins);
-            assert!(
-                spins < 8192 || start.elapsed().as_secs() < 60,
-                "page {} is held for a minute: {:?}",
-                transit.block().page(i),
-                transit.block().word(i)
-            );
+            transit.block().note_wait(i, spins, &mut start);
             if self.lifts.any() && !reader.deferred.is_full() {
                 match self.next_event() {
                     // It faults anew, and is served when the gate is open.
