@@ -10,8 +10,9 @@ mod common;
 use std::time::{Duration, Instant};
 
 use uhmm::{
-    MigrateOptions, Mm, PageOutcome,
+    DeviceFaultPolicy, FaultError, MigrateOptions, Mm, PageOutcome, Port,
     addr::{PAGE_SIZE, PageRange, RangeError, TASK_SIZE, VirtAddr},
+    device_table::Access,
     engine::Config,
     mm::{Setup, StartError, Threads},
     trace::Counter,
@@ -29,6 +30,24 @@ use crate::common::{
         write_page,
     },
 };
+
+#[test]
+fn a_port_is_its_devices_and_not_the_next_ones() {
+    isolated!(|| {
+        let World { mm, mirror } = World::new(4)?;
+        let area = Area::filled(Shape::Small, 1, 1);
+        let (id, port) = (mirror.id(), mirror.port().unwrap());
+        let fault = |port: &Port| port.fault(virt(area.start), Access::Read, DeviceFaultPolicy::Map);
+        assert!(fault(&port).is_ok());
+        mirror.close().unwrap();
+        assert_eq!(fault(&port), Err(FaultError::NoDevice));
+        let next = mm.register(Plain::new(4 << 20)).unwrap();
+        assert_eq!(next.id(), id, "the number is used again");
+        assert_eq!(fault(&port), Err(FaultError::NoDevice));
+        assert!(fault(&next.port().unwrap()).is_ok());
+        Ok(())
+    });
+}
 
 #[test]
 fn what_is_no_range_cannot_be_asked_for() {
