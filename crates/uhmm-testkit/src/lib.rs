@@ -77,6 +77,12 @@ pub fn isolated(name: &str, limit: Duration, body: impl FnOnce() -> Result<(), S
     }
 }
 
+/// Whether this is such a process: what the test sets up before is set up by its parent.
+#[must_use]
+pub fn is_child() -> bool {
+    std::env::var_os(CHILD).is_some()
+}
+
 /// Runs the body of the enclosing test function in a process of its own, see [`isolated`].
 #[macro_export]
 macro_rules! isolated {
