@@ -478,7 +478,7 @@ fn exec_and_exit_and_death_with_pages_away() {
 }
 
 #[test]
-fn a_killed_thread_of_the_program_leaves_the_rest_in_order() {
+fn threads_end_while_what_they_use_is_away() {
     isolated!(|| {
         let world = World::with_kernel_faults(32)?;
         let area = Area::filled(Shape::Small, 2, 1);

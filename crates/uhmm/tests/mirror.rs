@@ -31,8 +31,8 @@ use uhmm_testkit::isolated;
 use crate::common::{
     eventually,
     kit::{
-        Area, BLOCK, End, PAGE, RW, SHAPES, Shape, Via, arg, each_way, expect_page, fork_child, has_move, map, open,
-        peek, poke, send, summary, syscall, unmap, virt, wait_for,
+        Area, BLOCK, End, PAGE, RW, SHAPES, Shape, Via, arg, each_way, expect_page, expect_zero, fork_child, has_move,
+        map, open, peek, poke, send, summary, syscall, unmap, virt, wait_for,
     },
     watcher::{FAILS, LOST, WORKS, Watcher},
 };
@@ -269,6 +269,16 @@ fn mremap_takes_translations_away_before_it_returns() {
             assert!(mirror.device().look(virt(moved + 10 * PAGE)).is_none());
             expect_page(moved + 10 * PAGE, 1, 100);
             unmap(moved, 40 * PAGE);
+        });
+        entry_goes_after(Cause::Unmap, |_, mirror, area, via| {
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
+            let moved = via.mremap(area.page(90), 20 * PAGE, 20 * PAGE, flags, 0).unwrap();
+            assert!(mirror.device().look(virt(moved + 10 * PAGE)).is_none());
+            expect_page(moved + 10 * PAGE, 1, 100);
+            expect_zero(area.page(100));
+            unmap(moved, 20 * PAGE);
+            // Nothing of what the look at the old place brought may stand in the way of the next round.
+            assert_eq!(via.munmap(area.page(90), 20 * PAGE), 0);
         });
         entry_goes_after(Cause::Unmap, |_, _, area, via| {
             let other = Area::filled(Shape::Small, 1, 2);

@@ -18,6 +18,7 @@ int main(int argc, char **argv)
 		fputs("may not lock memory\n", stderr);
 		return 0;
 	}
+	puts("locked");
 	late = map(bytes);
 	fill(late, bytes, 2);
 	for (end = now() + WORK; now() < end;) {
