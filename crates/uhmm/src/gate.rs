@@ -22,7 +22,10 @@
 //!                      open()
 //! ```
 
-use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+use std::sync::atomic::{
+    AtomicU32,
+    Ordering::{Relaxed, SeqCst},
+};
 
 use crate::thread::MAX_THREADS;
 
@@ -103,6 +106,11 @@ impl Gate {
     /// Opens the gate.
     pub(crate) fn open(&self) {
         self.state.store(OPEN, SeqCst);
+    }
+
+    /// Whether somebody waits for those inside to leave.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.state.load(Relaxed) == CLOSED
     }
 
     /// Whether nobody is reading a message or applying an event.

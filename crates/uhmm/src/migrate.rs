@@ -190,6 +190,10 @@ impl Outcomes {
 /// drops it some time after it has said so, when the thread that asked runs again.
 const DISCARD_TICKS: u32 = 32;
 
+/// How many calls to move pages somebody who waits at the gate has to wait for. Each may cost an interrupt of every processor that
+/// runs the program. Times [`ATTEMPTS`] it is more than a block has pages.
+const CALLS_INSIDE: usize = 3;
+
 /// How often an operation on one block is tried again while the program changes its address space.
 pub(crate) const ATTEMPTS: u32 = 200;
 
@@ -594,10 +598,17 @@ impl<O: Os> Core<O> {
         stop: &mut Option<Errno>,
     ) -> Src {
         let mut src = Src::NoHoles;
+        let mut calls = 0;
         for run in left.runs() {
             let mut first = run.first;
             let end = run.first + run.count;
             while first < end {
+                // Whoever waits for this thread to leave the gate has a fault to serve. Not at once: some must go each time.
+                if calls >= CALLS_INSIDE && self.gate.is_wanted() {
+                    *stop = Some(Errno::AGAIN);
+                    return src;
+                }
+                calls += 1;
                 let from = block.page(first);
                 let len = (end - first) as u64 * PAGE_SIZE;
                 // Where all pages are there, nobody has to look afterwards which of them were.
