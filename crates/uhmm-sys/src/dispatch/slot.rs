@@ -57,6 +57,14 @@ impl Span {
         self.end.store(range.end().get(), SeqCst);
     }
 
+    /// Has it hold `range` too. It only grows, so that what was published stays so at all times.
+    fn widen(&self, range: PageRange) {
+        let Some(own) = self.get() else { return self.set(range) };
+        let all = cover(own, range);
+        self.start.store(all.start().get(), SeqCst);
+        self.end.store(all.end().get(), SeqCst);
+    }
+
     fn clear(&self) {
         self.end.store(0, SeqCst);
     }
@@ -272,9 +280,9 @@ impl Slot {
     /// Publishes a fixed range; its number. Where there is no room, the last one is widened to hold it, and that is `None`.
     pub(super) fn fix(&self, range: PageRange) -> Option<usize> {
         let free = (FIXED_PLACES..FIXED).find(|&n| self.fixed[n].end.load(Relaxed) == 0);
-        match (free, self.fixed[FIXED - 1].get()) {
-            (Some(number), _) => self.fixed[number].set(range),
-            (None, own) => self.fixed[FIXED - 1].set(own.map_or(range, |own| cover(own, range))),
+        match free {
+            Some(number) => self.fixed[number].set(range),
+            None => self.fixed[FIXED - 1].widen(range),
         }
         fence(SeqCst);
         free
@@ -365,12 +373,7 @@ impl Call {
         let widest = || near.min_by_key(|(_, r)| cover(*r, range).bytes() - r.bytes());
         let widened = touching.or_else(|| if count == RANGES { widest() } else { None });
         match widened {
-            Some((own, r)) => {
-                // It only grows, so that what was published stays so at all times.
-                let all = cover(r, range);
-                own.start.store(all.start().get(), SeqCst);
-                own.end.store(all.end().get(), SeqCst);
-            }
+            Some((own, _)) => own.widen(range),
             None => {
                 self.ranges[count].set(range);
                 self.count.store(count as u64 + 1, SeqCst);
