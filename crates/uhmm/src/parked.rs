@@ -57,10 +57,14 @@ impl Parked {
         self.room.store(room, SeqCst);
     }
 
+    /// Whether somebody keeps a limit.
+    fn is_limited(&self) -> bool {
+        self.room.load(Relaxed) != ENDLESS
+    }
+
     /// Uses up room for `pages`. Returns whether there was enough.
     fn enough_room(&self, pages: usize) -> bool {
         let pages = i64::try_from(pages).expect("a block's at most");
-        // No store where nobody keeps a limit: this is on the way of every fault.
         let rest = |room| (room != ENDLESS).then_some(room - pages);
         self.room.fetch_update(SeqCst, Relaxed, rest).map_or(true, |room| room >= pages)
     }
@@ -96,8 +100,11 @@ impl<O: Os> Core<O> {
     /// Makes a fault wait that brings pages into RAM for which there is no room: a little here, or in the kernel
     /// for as long as it takes. Returns whether reclaim is going to answer it.
     pub(crate) fn hold_up(&'static self, block: Block, i: usize, haste: Haste) -> bool {
+        if haste == Haste::Now || !self.parked.is_limited() {
+            return false;
+        }
         let cost = self.cost(block, i);
-        if haste == Haste::Now || self.parked.enough_room(cost) {
+        if self.parked.enough_room(cost) {
             return false;
         }
         if haste == Haste::CanWait && cost >= WORTH_IT && self.parked.put(block.page(i), self.os.now_ns()) {
