@@ -344,7 +344,6 @@ impl<O: Os> Core<O> {
     /// A mover's life: takes jobs.
     pub(crate) fn run_mover(&'static self) {
         let mut ctx = self.new_ctx();
-        let mut parked = 0;
         while self.stop.load(Relaxed) == 0 {
             let seen = self.posted.load(Acquire);
             let mut worked = false;
@@ -363,7 +362,7 @@ impl<O: Os> Core<O> {
                     self.sweep();
                 }
                 if waits {
-                    self.serve_parked(&mut ctx, &mut parked, 0);
+                    self.wake_parked();
                 }
             }
         }

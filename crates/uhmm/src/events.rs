@@ -290,6 +290,8 @@ impl<O: Os> Core<O> {
                 Some(Event::Unmap(gone)) if gone.overlaps(range) => {
                     // Of these pages it is known that they left.
                     self.drop_pages(gone.intersection(range).expect("they overlap"), reader);
+                    // That may have had to wait for a device.
+                    start = std::time::Instant::now();
                     for (from, to) in [(gone.start(), range.start()), (range.end(), gone.end())] {
                         if let Ok(beside) = PageRange::from_ends(from, to) {
                             self.unmapped(beside, reader);
@@ -298,6 +300,7 @@ impl<O: Os> Core<O> {
                 }
                 Some(Event::Remap { from, to, len }) if concerns(&Event::Remap { from, to, len }) => {
                     self.remap(from, to, len, reader);
+                    start = std::time::Instant::now();
                 }
                 Some(Event::Fault { addr, .. }) => self.os.wake(PageRange::page_of(addr)),
                 Some(event) => reader.deferred.put(event),
@@ -305,6 +308,9 @@ impl<O: Os> Core<O> {
             }
             // Who lifts holds pages, and waits to know whether its event was among these.
             self.lifts.looked();
+            if block.word(i).locked() {
+                start = std::time::Instant::now();
+            }
             assert!(start.elapsed().as_secs() < 10, "page {} has two homes after mremap", block.page(i));
         }
     }

@@ -185,7 +185,7 @@ impl<O: Os> Core<O> {
         match self.os.poison(page).stop {
             Some(Errno::AGAIN) => true,
             // A kernel without poison: no access is the next best.
-            Some(Errno::INVAL) => !self.os.is_changing() && self.os.protect(page, Prot::empty()).is_err(),
+            Some(Errno::INVAL) => self.os.is_changing() || self.os.protect(page, Prot::empty()).is_err(),
             _ => false,
         }
     }

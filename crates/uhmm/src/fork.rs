@@ -227,9 +227,14 @@ impl<O: Os> Core<O> {
             let (mut any, mut stuck) = (false, 0);
             self.blocks.for_each(whole_space(), |block| {
                 let must = self.must_come_home(block);
-                let mut moved = must.is_empty();
-                self.block_home(ctx, block, &must, Why::Fork, &mut |_, outcome| moved |= outcome == PageOutcome::Moved);
-                any |= moved && !must.is_empty();
+                if must.is_empty() {
+                    return ControlFlow::Continue(());
+                }
+                let mut moved = false;
+                self.block_home(ctx, block, &must, Why::Fork, &mut |_, outcome| {
+                    moved |= outcome != PageOutcome::TimedOut
+                });
+                any |= moved;
                 stuck = if moved { 0 } else { stuck + 1 };
                 // A device that fails is not asked for all that it has.
                 if stuck < 3 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }

@@ -10,7 +10,7 @@ use std::sync::atomic::{
     Ordering::{Relaxed, SeqCst},
 };
 
-use uhmm_sys::addr::{BLOCK_PAGES, PAGE_SHIFT, VirtAddr};
+use uhmm_sys::addr::{BLOCK_PAGES, PAGE_SHIFT, PageRange, VirtAddr};
 
 use crate::{
     block::{Block, Place},
@@ -76,6 +76,11 @@ impl Parked {
 
     /// Leaves a fault to reclaim. Returns whether it will be answered.
     fn put(&self, addr: VirtAddr, now_ns: u64) -> bool {
+        let page = addr.get() >> PAGE_SHIFT;
+        // A signal has had its thread fault anew. Whoever answers that one answers this.
+        if self.words.iter().any(|word| word.load(SeqCst) >> TIME_BITS == page) {
+            return true;
+        }
         let time = now_ns >> TIME_SHIFT & ((1 << TIME_BITS) - 1);
         let fault = addr.get() >> PAGE_SHIFT << TIME_BITS | time;
         let Some(word) = self.words.iter().find(|word| word.compare_exchange(0, fault, SeqCst, Relaxed).is_ok()) else {
@@ -90,6 +95,8 @@ impl Parked {
         let fault = self.words[n].load(SeqCst);
         let time = now_ns >> TIME_SHIFT;
         let waited = time.wrapping_sub(fault) & ((1 << TIME_BITS) - 1);
+        // It was put after the caller's look at the clock.
+        let waited = if waited >> (TIME_BITS - 1) == 0 { waited } else { 0 };
         let (addr, since) = (VirtAddr::new(fault >> TIME_BITS << PAGE_SHIFT), (time - waited.min(time)) << TIME_SHIFT);
         let takes = fault != 0 && f(addr, since) && self.words[n].compare_exchange(fault, 0, SeqCst, Relaxed).is_ok();
         takes.then_some((addr, since))
@@ -100,7 +107,8 @@ impl<O: Os> Core<O> {
     /// Makes a fault wait that brings pages into RAM for which there is no room: a little here, or in the kernel
     /// for as long as it takes. Returns whether reclaim is going to answer it.
     pub(crate) fn hold_up(&'static self, block: Block, i: usize, haste: Haste) -> bool {
-        if haste == Haste::Now || !self.parked.is_limited() {
+        // While nothing may leave no room will be made, and perhaps everybody waits for this thread.
+        if haste == Haste::Now || !self.parked.is_limited() || self.is_frozen() {
             return false;
         }
         let cost = self.cost(block, i);
@@ -123,6 +131,7 @@ impl<O: Os> Core<O> {
         match block.word(i).place() {
             Place::Cpu if block.away() == 0 => BLOCK_PAGES,
             Place::Cpu => ZERO_AROUND,
+            Place::Device { .. } if self.is_mappable(block, i) => 0,
             Place::Device { .. } => policy::next_window(block.policy(), i),
             // It is there, but may have been about to leave.
             Place::Staged { .. } => 1,
@@ -131,8 +140,8 @@ impl<O: Os> Core<O> {
     }
 
     /// Answers faults that wait, from number `next` on, while there is room for so many pages; those that have waited for
-    /// long in any case.
-    pub(crate) fn serve_parked(&'static self, ctx: &mut Ctx, next: &mut usize, mut room: u64) {
+    /// long in any case. Returns the rest of the room.
+    pub(crate) fn serve_parked(&'static self, ctx: &mut Ctx, next: &mut usize, mut room: u64) -> u64 {
         for _ in 0..MOST {
             *next = (*next + 1) % MOST;
             let now = self.os.now_ns();
@@ -143,6 +152,19 @@ impl<O: Os> Core<O> {
             }
             self.serve_fault(ctx, addr, Haste::Now);
             self.record_fault(since);
+        }
+        room
+    }
+
+    /// Sends faults that have waited for long to fault anew: then they do not wait, until reclaim says again how much room there
+    /// is. For whoever must not wait for a device that stalls; reclaim may stand in it.
+    pub(crate) fn wake_parked(&self) {
+        for n in 0..MOST {
+            let now = self.os.now_ns();
+            if let Some((addr, _)) = self.parked.take(n, now, |_, since| now - since > PATIENCE_NS) {
+                self.parked.set_room(None);
+                self.os.wake(PageRange::page_of(addr));
+            }
         }
     }
 }
@@ -166,6 +188,9 @@ mod tests {
         assert_eq!(addr, PAGE);
         assert!(then - since < 1 << TIME_SHIFT, "{then} {since}");
         assert_eq!(parked.take(0, later, |_, _| true), None, "it is gone");
+        assert!(parked.put(PAGE, later + (1 << TIME_SHIFT)));
+        let (_, since) = parked.take(0, later, |_, _| true).unwrap();
+        assert!(later - since < 1 << TIME_SHIFT, "it was put after the look at the clock");
     }
 
     #[test]
@@ -173,8 +198,9 @@ mod tests {
         let parked = Parked::new();
         assert!(!parked.put(PAGE, 7 << TIME_SHIFT), "there is no limit");
         parked.set_room(Some(0));
-        assert!((0..MOST).all(|_| parked.put(PAGE, 7 << TIME_SHIFT)));
-        assert!(!parked.put(PAGE, 7 << TIME_SHIFT), "there is room for some only");
+        assert!((0..MOST as u64).all(|n| parked.put(PAGE.add(n << PAGE_SHIFT), 7 << TIME_SHIFT)));
+        assert!(!parked.put(PAGE.add((MOST as u64) << PAGE_SHIFT), 7 << TIME_SHIFT), "there is room for some only");
+        assert!(parked.put(PAGE, 9 << TIME_SHIFT), "it waits already");
         assert_eq!(parked.count(), MOST);
     }
 
@@ -205,7 +231,7 @@ mod tests {
                 let rest = (0..MOST).filter(|&n| parked.take(n, 1 << 40, |_, _| true).is_some()).count();
                 answered.fetch_add(rest as u64, Relaxed);
             });
-            let left = (0..20_000).filter(|_| parked.put(PAGE, 1 << 40)).count();
+            let left = (0..20_000u64).filter(|n| parked.put(PAGE.add(n << PAGE_SHIFT), 1 << 40)).count();
             answered.fetch_add(20_000 - left as u64, Relaxed);
         });
         assert_eq!((answered.load(Relaxed), parked.count()), (20_000, 0));

@@ -169,7 +169,7 @@ impl<O: Os> Core<O> {
             let stuck = state.freed.elapsed() > IDLE || self.roomy_device(1).is_none();
             let most = if stuck { u64::MAX } else { limit.saturating_add(limit / 16 + (8 << 20)) };
             let room = most.saturating_sub(rss) / PAGE_SIZE;
-            self.serve_parked(ctx, &mut state.parked, room);
+            let room = self.serve_parked(ctx, &mut state.parked, room);
             self.parked.set_room((!stuck).then_some(room));
             // What the program may add until the next look counts as there already.
             let waits = self.parked.count() as u64 * BLOCK_SIZE;
@@ -187,7 +187,9 @@ impl<O: Os> Core<O> {
                 std::thread::sleep(TICK);
                 continue;
             }
-            self.wait_thawed();
+            if !self.wait_thawed() {
+                continue;
+            }
             self.refresh_excluded(ctx);
             if !self.reclaim(ctx, &mut state, over, limit, rss > limit) {
                 std::thread::sleep(TICK);
@@ -274,6 +276,10 @@ impl<O: Os> Core<O> {
         self.migrate_out(ctx, part, &plan, &mut outcomes);
         let moved = outcomes.pages(PageOutcome::Moved).count();
         if moved == 0 {
+            if !outcomes.pages(PageOutcome::NoMemory).is_empty() {
+                // Staging is full: what stands there has to go first.
+                state.idle_rounds = MOST_ROUNDS;
+            }
             return (false, 0);
         }
         state.idle_rounds = 0;
