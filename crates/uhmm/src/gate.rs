@@ -22,10 +22,7 @@
 //!                      open()
 //! ```
 
-use std::sync::atomic::{
-    AtomicU32,
-    Ordering::{Relaxed, SeqCst},
-};
+use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
 use crate::thread::MAX_THREADS;
 
@@ -106,11 +103,6 @@ impl Gate {
     /// Opens the gate.
     pub(crate) fn open(&self) {
         self.state.store(OPEN, SeqCst);
-    }
-
-    /// Whether somebody waits for those inside to leave.
-    pub(crate) fn is_wanted(&self) -> bool {
-        self.state.load(Relaxed) == CLOSED
     }
 
     /// Whether nobody is reading a message or applying an event.

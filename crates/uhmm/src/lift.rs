@@ -432,7 +432,7 @@ impl<O: Os> Core<O> {
             let _inside = self.gate.enter(ctx.slot).map_err(|_| Errno::AGAIN)?;
             let _registration = transit.block().lock_registration();
             let to = |i| self.lifts.place(Run { first: i, count: 1 }).start();
-            self.move_runs(transit.block(), &to, &mut left, &mut moved, pass, &mut stop, false);
+            self.move_runs(transit.block(), &to, &mut left, &mut moved, pass, &mut stop);
             for i in moved.iter() {
                 transit.set(i, Place::Staged { slot: berth.slot(i), exclusive: None });
             }

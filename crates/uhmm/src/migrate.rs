@@ -190,12 +190,6 @@ impl Outcomes {
 /// drops it some time after it has said so, when the thread that asked runs again.
 const DISCARD_TICKS: u32 = 32;
 
-/// For how many calls that move pages somebody who waits at the gate has to wait: each may cost an interrupt of every processor
-/// that runs the program.
-const MOVES_INSIDE: usize = 3;
-/// Why [`Core::move_runs`] stopped, where somebody waits at the gate. No call of it fails so.
-const WANTED: Errno = Errno::INTR;
-
 /// How often an operation on one block is tried again while the program changes its address space.
 pub(crate) const ATTEMPTS: u32 = 200;
 
@@ -518,20 +512,12 @@ impl<O: Os> Core<O> {
                 }
             }
             if stop.is_none() && !lifted {
-                holes = self.move_to_berth(transit, berth, &mut left, &mut taken, pass, &mut stop);
-            }
-        }
-        while stop == Some(WANTED) {
-            // Whoever waited at the gate has a fault to serve. The pages are held: their block stays registered.
-            stop = None;
-            match self.gate.enter(ctx.slot) {
-                Ok(_inside) if !self.is_changing() => {
-                    let more = self.move_to_berth(transit, berth, &mut left, &mut taken, pass, &mut stop);
-                    if more == Src::MayHaveHoles {
-                        holes = more;
-                    }
+                let to = |i| self.staging.addr(berth.slot(i));
+                holes = self.move_runs(block, &to, &mut left, &mut taken, pass, &mut stop);
+                // Under the registration lock: whoever looks for a block of which nothing is away must see these.
+                for i in taken.iter() {
+                    transit.set(i, Place::Staged { slot: berth.slot(i), exclusive: None });
                 }
-                _ => stop = Some(Errno::AGAIN),
             }
         }
         // `MOVE` refuses memory that differs from staging in more than its place.
@@ -596,30 +582,8 @@ impl<O: Os> Core<O> {
         self.whole_vma(piece).is_some_and(|vma| refusal(&vma).is_none())
     }
 
-    /// Moves held pages to their slots, as [`Core::move_runs`] does. Inside the gate: whoever looks for a block of which nothing is
-    /// away sees these as held, or away.
-    fn move_to_berth(
-        &self,
-        transit: &mut Transit<'_>,
-        berth: Berth,
-        left: &mut PageSet,
-        taken: &mut PageSet,
-        pass: &mut Pass,
-        stop: &mut Option<Errno>,
-    ) -> Src {
-        let to = |i| self.staging.addr(berth.slot(i));
-        let before = *taken;
-        let holes = self.move_runs(transit.block(), &to, left, taken, pass, stop, true);
-        for i in taken.minus(&before).iter() {
-            transit.set(i, Place::Staged { slot: berth.slot(i), exclusive: None });
-        }
-        holes
-    }
-
     /// `MOVE`s runs of held pages, each to where `to` says. Pages found shared or pinned go to `pass.shared`; they and those
-    /// after `stop` stay in `left`. Says whether some of those taken may have been holes. Where it goes `gently` it stops with
-    /// [`WANTED`] when somebody waits at the gate, to be called again.
-    #[expect(clippy::too_many_arguments, reason = "the pages, and what is known of them so far")]
+    /// after `stop` stay in `left`. Says whether some of those taken may have been holes.
     pub(crate) fn move_runs(
         &self,
         block: Block,
@@ -628,18 +592,12 @@ impl<O: Os> Core<O> {
         taken: &mut PageSet,
         pass: &mut Pass,
         stop: &mut Option<Errno>,
-        gently: bool,
     ) -> Src {
         let mut src = Src::NoHoles;
-        let mut moves = 0;
         for run in left.runs() {
             let mut first = run.first;
             let end = run.first + run.count;
             while first < end {
-                if gently && moves >= MOVES_INSIDE && self.gate.is_wanted() {
-                    *stop = Some(WANTED);
-                    return src;
-                }
                 let from = block.page(first);
                 let len = (end - first) as u64 * PAGE_SIZE;
                 // Where all pages are there, nobody has to look afterwards which of them were.
@@ -652,7 +610,6 @@ impl<O: Os> Core<O> {
                 }
                 first += moved;
                 if moved > 0 {
-                    moves += 1;
                     continue;
                 }
                 match result.stop {
