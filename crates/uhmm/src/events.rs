@@ -88,9 +88,7 @@ impl<O: Os> Core<O> {
             return Pumped::Fault;
         }
         ctx.depth += 1;
-        // What an engine thread waits for must not wait for another.
-        let haste = if tid.is_some_and(|tid| self.is_engine_thread(tid)) { Haste::Now } else { Haste::CanWait };
-        if self.serve_fault(ctx, addr, haste) == Served::Now {
+        if self.serve_fault(ctx, addr, Haste::CanWait(tid)) == Served::Now {
             self.record_fault(read_ns);
         }
         ctx.depth -= 1;

@@ -32,8 +32,8 @@ pub(crate) const ZERO_AROUND: usize = 64;
 /// Whether a fault may be made to wait while reclaim is behind (see [`crate::parked`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Haste {
-    /// Its thread waits in the kernel, for whoever answers it.
-    CanWait,
+    /// Its thread, where the kernel says which, waits in the kernel for whoever answers it.
+    CanWait(Option<u32>),
     /// The caller wants the page on return.
     Soon,
     Now,

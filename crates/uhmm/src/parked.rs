@@ -111,11 +111,17 @@ impl<O: Os> Core<O> {
         if haste == Haste::Now || !self.parked.is_limited() || self.is_frozen() {
             return false;
         }
+        // What an engine thread waits for must not wait for another.
+        if let Haste::CanWait(Some(tid)) = haste
+            && self.is_engine_thread(tid)
+        {
+            return false;
+        }
         let cost = self.cost(block, i);
         if self.parked.enough_room(cost) {
             return false;
         }
-        if haste == Haste::CanWait && cost >= WORTH_IT && self.parked.put(block.page(i), self.os.now_ns()) {
+        if matches!(haste, Haste::CanWait(_)) && cost >= WORTH_IT && self.parked.put(block.page(i), self.os.now_ns()) {
             self.stats.add(Counter::FaultsParked, 1);
             self.rouse_mover();
             return true;

@@ -176,22 +176,22 @@ impl<O: Os> Core<O> {
             let growth = rss.saturating_sub(last_rss).max(waits).min(limit / 4);
             last_rss = rss;
             // Before it is too much: it may be some time until this thread looks again.
-            if rss.saturating_add(4 * growth) > most {
-                self.refresh_excluded(ctx);
-                self.slow_growth(ctx, &mut state.slowed);
-            }
+            let slow = rss.saturating_add(4 * growth) > most;
             // Some more than is over, so that there is room for a while.
             let over = (rss + growth + limit / 32).saturating_sub(limit);
-            if over <= limit / 32 {
+            let enough = over <= limit / 32;
+            if enough {
                 state.freed = Instant::now();
-                std::thread::sleep(TICK);
+            } else if !self.wait_thawed() {
                 continue;
             }
-            if !self.wait_thawed() {
-                continue;
+            if slow || !enough {
+                self.refresh_excluded(ctx);
             }
-            self.refresh_excluded(ctx);
-            if !self.reclaim(ctx, &mut state, over, limit, rss > limit) {
+            if slow {
+                self.slow_growth(ctx, &mut state.slowed);
+            }
+            if enough || !self.reclaim(ctx, &mut state, over, limit, rss > limit) {
                 std::thread::sleep(TICK);
             }
         }
@@ -232,21 +232,18 @@ impl<O: Os> Core<O> {
         while need != 0 && start.elapsed() < TICK {
             // Something stands in the queue at all times, so that what leaves for good has been tried first.
             let tried = (limit / TRIAL_SHARE).max(BLOCK_SIZE) / PAGE_SIZE;
-            if u64::from(self.staging.standing()) < tried && state.idle_rounds < MOST_ROUNDS {
+            let out = if u64::from(self.staging.standing()) < tried && state.idle_rounds < MOST_ROUNDS {
                 let (any, out) = self.set_aside_next(ctx, state);
                 worked |= any;
-                if out != 0 {
-                    state.freed = Instant::now();
-                    need = need.saturating_sub(out);
+                out
+            } else {
+                let Some((at, since)) = state.queue.front() else { break };
+                if !urgent && self.ticks().wrapping_sub(since) < TRIAL_TICKS {
+                    break;
                 }
-                continue;
-            }
-            let Some((at, since)) = state.queue.front() else { break };
-            if !urgent && self.ticks().wrapping_sub(since) < TRIAL_TICKS {
-                break;
-            }
-            state.queue.pop();
-            let out = self.write_out(at, since);
+                state.queue.pop();
+                self.write_out(at, since)
+            };
             if out != 0 {
                 worked = true;
                 state.freed = Instant::now();

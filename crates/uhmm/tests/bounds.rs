@@ -108,15 +108,11 @@ impl Held {
                 std::hint::spin_loop();
             }
         });
-        let held = runs.recv().unwrap();
+        let may = runs.recv().unwrap();
         device.stall_gate.store(false, Relaxed);
-        let held = Self { over, threads: vec![spin, change], _turn: turn }.filter(held);
+        let held = Self { over, threads: vec![spin, change], _turn: turn };
         eventually("the event is read", || !device.gate_stalls.load(Relaxed));
-        held
-    }
-
-    fn filter(self, held: bool) -> Result<Self, Skip> {
-        if held { Ok(self) } else { Err(Skip("no thread can be kept from its processor by this user".to_owned())) }
+        if may { Ok(held) } else { Err(Skip("no thread can be kept from its processor by this user".to_owned())) }
     }
 
     fn is_over(&self) -> bool {

@@ -1,6 +1,5 @@
 /* Four threads fill memory as fast as they can, and check it once. Argument: how many MiB each. */
 #include "common.h"
-#include <pthread.h>
 
 static size_t bytes;
 
