@@ -4,7 +4,8 @@ use std::sync::{
     RwLock,
     atomic::{
         AtomicU32, AtomicU64,
-        Ordering::{AcqRel, Acquire},
+        Ordering::{AcqRel, Acquire, Release, SeqCst},
+        fence,
     },
 };
 
@@ -213,9 +214,11 @@ impl Entry {
         }
     }
 
-    /// Takes no more pages.
+    /// Takes no more pages, and gets no more translations. The fence goes with that of who takes a page for the device's
+    /// exclusive access (`mirror.rs`).
     pub(crate) fn leave(&self) {
-        self.state.store(LEAVING, std::sync::atomic::Ordering::Release);
+        self.state.store(LEAVING, Release);
+        fence(SeqCst);
         if let Some(pgmap) = self.pgmap() {
             pgmap.close();
         }

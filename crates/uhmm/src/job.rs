@@ -19,7 +19,7 @@ use uhmm_sys::{
 
 use crate::{
     device::{Device, DeviceId},
-    device_table::{Access, Pte},
+    device_table::{Access, DeviceTable, Pte},
     engine::JOB_PAGES,
     family::Member,
     migrate::Plan,
@@ -48,8 +48,14 @@ pub(crate) enum Request {
     Remove { device: DeviceId },
     /// Evict a device's frames, the device staying.
     Evict { device: DeviceId, frames: u32 },
-    /// Serve a device's fault.
-    DeviceFault { device: DeviceId, addr: VirtAddr, access: Access, policy: DeviceFaultPolicy },
+    /// Serve a device's fault. `table` is the device's own: another may have its number by now.
+    DeviceFault {
+        device: DeviceId,
+        table: &'static DeviceTable,
+        addr: VirtAddr,
+        access: Access,
+        policy: DeviceFaultPolicy,
+    },
     /// Fault pages in and report them. A result per page: a `PageReport`.
     RangeFault { device: DeviceId, range: PageRange, access: Option<Access> },
     /// Take pages for exclusive access. A result per page: a `PageOutcome`.

@@ -9,7 +9,8 @@
 use std::{
     sync::atomic::{
         AtomicU32,
-        Ordering::{Acquire, Relaxed, Release},
+        Ordering::{Acquire, Relaxed, Release, SeqCst},
+        fence,
     },
     time::{Duration, Instant},
 };
@@ -274,7 +275,8 @@ impl<O: Os> Core<O> {
         let _ = self.notifiers.remove(entry.subscription());
     }
 
-    /// Serves a device's fault at `addr`: installs a translation in its table and returns it.
+    /// Serves a device's fault at `addr`: installs a translation in its table and returns it. The table is the device's own;
+    /// where another has its number by now, the device is gone.
     ///
     /// For [`Access::Atomic`] a page of host memory that does not migrate is taken for the device's exclusive access. A CPU
     /// thread may take it back at any time, also before the translation is there: then it is taken anew.
@@ -282,6 +284,7 @@ impl<O: Os> Core<O> {
         &'static self,
         ctx: &mut Ctx,
         device: DeviceId,
+        table: &'static DeviceTable,
         addr: VirtAddr,
         access: Access,
         policy: DeviceFaultPolicy,
@@ -297,8 +300,13 @@ impl<O: Os> Core<O> {
         self.stats.add(Counter::DeviceFaults, 1);
         loop {
             let left = BUDGET.checked_sub(start.elapsed()).ok_or_else(timed_out)?;
-            let entry = self.devices.get(device).filter(|e| e.is_live()).ok_or(FaultError::NoDevice)?;
+            let mine = |entry: &&Entry| std::ptr::eq(entry.table(), table);
+            let entry = self.devices.get(device).filter(mine).ok_or(FaultError::NoDevice)?;
             let seq = self.notifiers.read_begin_within(entry.subscription(), left).map_err(|_| timed_out())?;
+            // A device that leaves says so before its translations are given up: this one is, or is not made.
+            if !entry.is_live() {
+                return Err(FaultError::NoDevice);
+            }
             let vma = self.check_access(addr, access)?;
             let writable = vma.prot.contains(Prot::WRITE);
             // A block of one mapping may have one entry.
@@ -383,7 +391,6 @@ impl<O: Os> Core<O> {
             };
             let unit = (uniform && !pte.is_host()).then(|| self.unit(entry, addr)).flatten();
             if let Ok(_update) = self.notifiers.commit(entry.subscription(), seq) {
-                let table = entry.table();
                 let set = match unit {
                     Some(first) => table.set_block(addr, Pte::frame(first, most(writable))),
                     None if pte.order() != 0 => table.set_block(addr, pte),
@@ -689,6 +696,13 @@ impl<O: Os> Core<O> {
                 Err(_) => PageOutcome::Busy,
             };
         }
+        drop(transit);
+        // Who removes the device says so and then looks for its pages: one of the two sees what the other did.
+        fence(SeqCst);
+        if !self.devices.get(device).is_some_and(Entry::is_live) {
+            self.block_home(ctx, block, &PageSet::of(range), Why::Evicted, &mut |_, _| {});
+            return Err(FaultError::NoDevice);
+        }
         Ok(())
     }
 
@@ -713,6 +727,9 @@ impl<O: Os> Core<O> {
         for part in range.iter_blocks() {
             let Some(block) = self.blocks.find(part.start()) else { continue };
             let Ok(seq) = self.notifiers.read_begin(entry.subscription()) else { return };
+            if !entry.is_live() {
+                return;
+            }
             let Ok(Some(vma)) = self.os.vma(part.start()) else { continue };
             let Some(part) = vma.range.intersection(part) else { continue };
             let writable = vma.prot.contains(Prot::WRITE);

@@ -747,11 +747,7 @@ impl Port {
     /// # Kernel
     /// `hmm_range_fault()` for one page; with [`Access::Atomic`] `make_device_exclusive()`.
     pub fn fault(&self, addr: VirtAddr, access: Access, policy: DeviceFaultPolicy) -> Result<Pte, FaultError> {
-        // Another device may have the number by now.
-        if !self.core.devices.get(self.id).is_some_and(|entry| std::ptr::eq(entry.table(), self.table)) {
-            return Err(FaultError::NoDevice);
-        }
-        let request = Request::DeviceFault { device: self.id, addr, access, policy };
+        let request = Request::DeviceFault { device: self.id, table: self.table, addr, access, policy };
         match self.core.call(request, |_, reply| reply) {
             Reply::Pte(pte) => Ok(pte),
             Reply::Fault(error) => Err(error),

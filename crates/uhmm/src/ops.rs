@@ -69,8 +69,8 @@ impl<O: Os> Core<O> {
             Request::Register { device } => self.register_device(device),
             Request::Remove { device } => Reply::Left(self.remove_device(ctx, device)),
             Request::Evict { device, frames } => Reply::Left(self.evict(ctx, device, frames, Why::Evicted)),
-            Request::DeviceFault { device, addr, access, policy } => {
-                match self.device_fault(ctx, device, addr, access, policy) {
+            Request::DeviceFault { device, table, addr, access, policy } => {
+                match self.device_fault(ctx, device, table, addr, access, policy) {
                     Ok(pte) => Reply::Pte(pte),
                     Err(error) => Reply::Fault(error),
                 }

@@ -679,26 +679,38 @@ fn a_device_may_go_while_faults_go_on() {
                 let mirror = Watcher::register(&mm, 2048);
                 let port = mirror.port().unwrap();
                 let gone = AtomicBool::new(false);
-                std::thread::scope(|inner| {
-                    inner.spawn(|| {
-                        let mut n = 0;
-                        loop {
-                            n = (n + 37) % 1024;
-                            let policy = [DeviceFaultPolicy::Map, DeviceFaultPolicy::Migrate][n % 2];
-                            match port.fault(virt(area.page(n)), Access::Write, policy) {
-                                Ok(_) | Err(FaultError::TimedOut { .. }) => {}
-                                Err(FaultError::NoDevice) => break,
-                                Err(error) => panic!("{error}"),
-                            }
+                let fault = |first: usize| {
+                    let kinds = [
+                        (Access::Write, DeviceFaultPolicy::Map),
+                        (Access::Write, DeviceFaultPolicy::Migrate),
+                        (Access::Atomic, DeviceFaultPolicy::Map),
+                    ];
+                    let (mut n, mut round) = (first, 0);
+                    loop {
+                        (n, round) = ((n + 37) % 1024, round + 1);
+                        let (access, policy) = kinds[round % kinds.len()];
+                        match port.fault(virt(area.page(n)), access, policy) {
+                            Ok(_) | Err(FaultError::TimedOut { .. }) => {}
+                            Err(FaultError::NoDevice) => break,
+                            Err(error) => panic!("{error}"),
                         }
-                        assert!(gone.load(Relaxed));
-                    });
+                    }
+                    assert!(gone.load(Relaxed));
+                };
+                std::thread::scope(|inner| {
+                    let fault = &fault;
+                    for first in [0, 500] {
+                        inner.spawn(move || fault(first));
+                    }
                     migrate(&mirror, &area);
                     let device = mirror.device();
                     gone.store(true, Relaxed);
                     mirror.close().unwrap();
                     device.check();
                 });
+                assert_eq!(port.table().entries(), 0, "no translation outlives the device");
+                let held = (0..1024).filter(|&n| matches!(mm.residency(virt(area.page(n))).at, Location::Exclusive(_)));
+                assert_eq!(held.count(), 0, "nor does its hold on a page");
                 let before = touches.load(Relaxed);
                 eventually("the CPU goes on", || touches.load(Relaxed) > before);
             }
