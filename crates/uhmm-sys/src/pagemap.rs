@@ -11,7 +11,7 @@ use bitflags::bitflags;
 
 use crate::{
     Errno,
-    addr::{PAGE_SHIFT, PAGE_SIZE, PageRange, VirtAddr},
+    addr::{BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PageRange, VirtAddr},
     probe::{self, Cap},
     raw,
 };
@@ -35,6 +35,9 @@ bitflags! {
         /// Mapped by this page table alone, as the map count says; wrong for a while after a fork. Known to
         /// [`Pagemap::read_words`] only.
         const EXCLUSIVE = 1 << 6;
+        /// Anonymous, and this process's alone by the kernel's own mark: where the mapping may be written, the page is
+        /// without a fault. Known to [`Pagemap::mark_exclusive`] only.
+        const ANON_EXCLUSIVE = 1 << 7;
     }
 }
 
@@ -89,12 +92,20 @@ const WORD_FILE: u64 = 1 << 61;
 const WORD_UFFD_WP: u64 = 1 << 57;
 const WORD_EXCLUSIVE: u64 = 1 << 56;
 const WORD_PFN: u64 = (1 << 55) - 1;
+/// `KPF_ANON` of `/proc/kpageflags`.
+const FLAG_ANON: u64 = 1 << 12;
+/// `KPF_COMPOUND_TAIL`: the other flags may be those of the compound page's first.
+const FLAG_TAIL: u64 = 1 << 16;
+/// The bit of `/proc/kpageflags` that is `PG_anon_exclusive` of an anonymous page (`PG_mappedtodisk`, `PG_owner_2`).
+const FLAG_EXCLUSIVE: u64 = 1 << 34;
 
 /// The page map of the process that opened it. A forked child must open its own.
 #[derive(Debug)]
 pub struct Pagemap {
     fd: OwnedFd,
     scan: bool,
+    /// `/proc/kpageflags`, for whoever may read it.
+    flags: Option<OwnedFd>,
 }
 
 impl Pagemap {
@@ -104,7 +115,8 @@ impl Pagemap {
     /// `ENOENT`, `EACCES`: no `/proc`, or not readable. `EMFILE`, `ENFILE`.
     pub fn open() -> Result<Self, Errno> {
         let fd = raw::open(c"/proc/self/pagemap", libc::O_RDONLY)?;
-        let mut map = Self { fd, scan: true };
+        let flags = raw::open(c"/proc/kpageflags", libc::O_RDONLY).ok();
+        let mut map = Self { fd, scan: true, flags };
         // One page that need not exist: only whether the kernel knows the request matters.
         let page = PageRange::page_of(VirtAddr::new(PAGE_SIZE));
         map.scan = !probe::masked(Cap::PagemapScan) && map.scan_regions(page, &mut [Page::empty()]).is_ok();
@@ -200,24 +212,62 @@ impl Pagemap {
     pub fn read_words(&self, range: PageRange, out: &mut [Page]) -> Result<(), Errno> {
         assert!(out.len() == range.pages(), "one entry a page");
         let first = range.start().get() >> PAGE_SHIFT;
-        let mut buf = [0u8; WORDS * 8];
+        let mut words = [0; WORDS];
         for (n, part) in out.chunks_mut(WORDS).enumerate() {
-            let offset = (first + (n * WORDS) as u64) * 8;
-            let bytes = &mut buf[..part.len() * 8];
-            self.read_exact(bytes, offset)?;
-            for (page, word) in part.iter_mut().zip(bytes.as_chunks::<8>().0) {
-                *page = from_word(u64::from_ne_bytes(*word));
+            read_words(&self.fd, first + (n * WORDS) as u64, &mut words[..part.len()])?;
+            for (page, word) in part.iter_mut().zip(words) {
+                *page = from_word(word);
             }
         }
         Ok(())
     }
 
-    fn read_exact(&self, buf: &mut [u8], offset: u64) -> Result<(), Errno> {
-        let mut done = 0;
-        while done < buf.len() {
-            match raw::pread(self.fd.as_fd(), &mut buf[done..], offset + done as u64)? {
-                0 => return Err(Errno::IO),
-                n => done += n,
+    /// Adds [`Page::ANON_EXCLUSIVE`] to the pages of `range`, in one mapping of `page_size`, of which `pages` says that
+    /// they are mapped. Without the privilege to know physical pages nothing is added, nor to parts of a huge page that are
+    /// mapped by themselves.
+    ///
+    /// # Errors
+    /// Whatever `pread(2)` answers.
+    ///
+    /// # Panics
+    /// If `pages` is not one entry a page.
+    pub fn mark_exclusive(&self, range: PageRange, page_size: u64, pages: &mut [Page]) -> Result<(), Errno> {
+        assert!(pages.len() == range.pages(), "one entry a page");
+        let Some(flags) = &self.flags else { return Ok(()) };
+        // Of a huge page that is mapped as one, the first page has the mark.
+        let unit = page_size.max(BLOCK_SIZE) >> PAGE_SHIFT;
+        let first = range.start().get() >> PAGE_SHIFT;
+        let mut words = [0; WORDS];
+        for (n, part) in pages.chunks_mut(WORDS).enumerate() {
+            read_words(&self.fd, first + (n * WORDS) as u64, &mut words[..part.len()])?;
+            let mut at = 0;
+            while at < part.len() {
+                let pfn = words[at] & WORD_PFN;
+                if words[at] & WORD_PRESENT == 0 || pfn == 0 {
+                    at += 1;
+                    continue;
+                }
+                let huge = part[at].contains(Page::HUGE);
+                let alike = |&(n, next): &(usize, &u64)| {
+                    next & WORD_PRESENT != 0 && part[at + n].contains(Page::HUGE) == huge && {
+                        let expected = pfn + n as u64;
+                        next & WORD_PFN == expected && (!huge || expected / unit == pfn / unit)
+                    }
+                };
+                let run = words[at..part.len()].iter().enumerate().take_while(alike).count();
+                let mut of_pages = [0; WORDS];
+                if huge {
+                    let mut of_unit = [0];
+                    read_words(flags, pfn / unit * unit, &mut of_unit)?;
+                    of_pages = [of_unit[0]; WORDS];
+                } else {
+                    read_words(flags, pfn, &mut of_pages[..run])?;
+                }
+                for (page, word) in part[at..at + run].iter_mut().zip(of_pages) {
+                    let exclusive = word & (FLAG_ANON | FLAG_TAIL | FLAG_EXCLUSIVE) == FLAG_ANON | FLAG_EXCLUSIVE;
+                    page.set(Page::ANON_EXCLUSIVE, exclusive);
+                }
+                at += run;
             }
         }
         Ok(())
@@ -229,12 +279,29 @@ impl Pagemap {
     /// # Errors
     /// Whatever `pread(2)` answers.
     pub fn pfn(&self, addr: VirtAddr) -> Result<Option<u64>, Errno> {
-        let mut word = [0; 8];
-        self.read_exact(&mut word, (addr.get() >> PAGE_SHIFT) * 8)?;
-        let word = u64::from_ne_bytes(word);
+        let mut word = [0];
+        read_words(&self.fd, addr.get() >> PAGE_SHIFT, &mut word)?;
+        let [word] = word;
         let pfn = word & WORD_PFN;
         Ok((word & WORD_PRESENT != 0 && pfn != 0).then_some(pfn))
     }
+}
+
+/// Reads words from number `first` on: `/proc/self/pagemap` has one for each page, `/proc/kpageflags` for each frame.
+fn read_words(fd: &OwnedFd, first: u64, words: &mut [u64]) -> Result<(), Errno> {
+    let mut buf = [0u8; WORDS * 8];
+    let bytes = &mut buf[..words.len() * 8];
+    let mut done = 0;
+    while done < bytes.len() {
+        match raw::pread(fd.as_fd(), &mut bytes[done..], first * 8 + done as u64)? {
+            0 => return Err(Errno::IO),
+            n => done += n,
+        }
+    }
+    for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<8>().0) {
+        *word = u64::from_ne_bytes(*bytes);
+    }
+    Ok(())
 }
 
 fn from_categories(categories: u64) -> Page {

@@ -26,6 +26,7 @@ use crate::{
     mirror::{DeviceFaultPolicy, FaultError},
     mm::{Role, Threads},
     notifier::{InsertError, IntervalOps, Subscription},
+    range::Detail,
     sync::TimedOut,
     trace::Why,
 };
@@ -57,7 +58,9 @@ pub(crate) enum Request {
         policy: DeviceFaultPolicy,
     },
     /// Fault pages in and report them. A result per page: a `PageReport`.
-    RangeFault { device: DeviceId, range: PageRange, access: Option<Access> },
+    RangeFault { device: DeviceId, range: PageRange, access: Option<Access>, detail: Detail },
+    /// Fault pages in and install their translations in the device's own table.
+    MapRange { device: DeviceId, table: &'static DeviceTable, range: PageRange, access: Access, detail: Detail },
     /// Take pages for exclusive access. A result per page: a `PageOutcome`.
     Exclusive { device: DeviceId, range: PageRange },
     /// Give up all translations of a range because the program is about to change its mapping.

@@ -26,6 +26,7 @@ mod page_set;
 mod parked;
 pub mod pgmap;
 pub mod policy;
+mod range;
 pub mod reclaim;
 pub mod session;
 mod staging;
@@ -40,6 +41,7 @@ pub use uhmm_sys::addr;
 
 pub use crate::{
     migrate::PageOutcome,
-    mirror::{DeviceFaultPolicy, FaultError, PageReport},
+    mirror::{DeviceFaultPolicy, FaultError},
     mm::{MigrateOptions, Mirror, Mm, Port},
+    range::{Detail, PageReport},
 };

@@ -117,6 +117,10 @@ impl Os for LinuxMm {
         self.pagemap.scan(range, out)
     }
 
+    fn mark_exclusive(&self, range: PageRange, page_size: u64, pages: &mut [Page]) -> Result<(), Errno> {
+        self.pagemap.mark_exclusive(range, page_size, pages)
+    }
+
     fn first_page(&self, range: PageRange) -> Result<Option<VirtAddr>, Errno> {
         self.pagemap.first(range)
     }

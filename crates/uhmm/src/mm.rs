@@ -39,7 +39,8 @@ use crate::{
     job::{DeviceRef, Job, Reply, Request},
     linux::LinuxMm,
     migrate::{Holes, OtherDevices, PageOutcome, Plan, ResidencyRule},
-    mirror::{DeviceFaultPolicy, FaultError, PageReport},
+    mirror::{DeviceFaultPolicy, FaultError},
+    range::{Detail, PageReport},
     trace::{STATS_WORDS, Stats, Why},
 };
 
@@ -644,13 +645,21 @@ impl<D: Device> Mirror<D> {
     /// # Kernel
     /// `hmm_range_fault()` without `HMM_PFN_REQ_FAULT`.
     pub fn snapshot(&self, range: PageRange) -> Result<Vec<PageReport>, FaultError> {
-        self.reports(range, None)
+        self.reports(range, None, Detail::Cheap)
+    }
+
+    /// As [`Mirror::snapshot`], looking at as much detail as asked for.
+    ///
+    /// # Errors
+    /// As [`Mirror::snapshot`].
+    pub fn snapshot_with(&self, range: PageRange, detail: Detail) -> Result<Vec<PageReport>, FaultError> {
+        self.reports(range, None, detail)
     }
 
     /// Makes each page of the range valid for `access` and reports it. Pages on this device stay there.
     ///
-    /// The reports are true of a moment: a device installs translations by [`Port::fault`], which checks that nothing
-    /// changed meanwhile.
+    /// The reports are true of a moment: a device installs translations by [`Port::fault`] and [`Port::fault_range`], which
+    /// check that nothing changed meanwhile.
     ///
     /// # Errors
     /// [`FaultError`] for the first page that cannot be had.
@@ -658,15 +667,15 @@ impl<D: Device> Mirror<D> {
     /// # Kernel
     /// `hmm_range_fault()` with `HMM_PFN_REQ_FAULT` and `HMM_PFN_REQ_WRITE`.
     pub fn range_fault(&self, range: PageRange, access: Access) -> Result<Vec<PageReport>, FaultError> {
-        self.reports(range, Some(access))
+        self.reports(range, Some(access), Detail::Cheap)
     }
 
-    fn reports(&self, range: PageRange, access: Option<Access>) -> Result<Vec<PageReport>, FaultError> {
+    fn reports(&self, range: PageRange, access: Option<Access>, detail: Detail) -> Result<Vec<PageReport>, FaultError> {
         let mut reports = Vec::new();
         let no_memory = |_| FaultError::Kernel { addr: range.start(), errno: Errno::NOMEM };
         reports.try_reserve_exact(range.pages()).map_err(no_memory)?;
         for piece in job_pieces(range) {
-            let request = Request::RangeFault { device: self.id, range: piece, access };
+            let request = Request::RangeFault { device: self.id, range: piece, access, detail };
             self.mm.core.call(request, |job, reply| match reply {
                 Reply::Fault(error) => Err(error),
                 _ => {
@@ -753,6 +762,34 @@ impl Port {
             Reply::Fault(error) => Err(error),
             reply => unreachable!("{reply:?} is no answer to a fault"),
         }
+    }
+
+    /// Faults all pages of a range in and installs their translations, for a device that is about to use them all: fewer
+    /// requests, and entries of 2 MiB where a block is one huge page. Nothing migrates: pages that are on the device stay, and
+    /// others are reached in host memory; a page that the device holds exclusively comes home. [`Access::Atomic`] counts as
+    /// [`Access::Write`].
+    ///
+    /// With [`Detail::Exact`] a translation for reading allows writing too where the CPU may write without a fault.
+    ///
+    /// # Errors
+    /// [`FaultError`] for the first block of 2 MiB that cannot be had; those before it have translations.
+    ///
+    /// # Locking
+    /// As [`Port::fault`], for a second a block at most.
+    ///
+    /// # Kernel
+    /// `hmm_range_fault()`, with what the driver does after it.
+    pub fn fault_range(&self, range: PageRange, access: Access, detail: Detail) -> Result<(), FaultError> {
+        let access = access.min(Access::Write);
+        let (device, table) = (self.id, self.table);
+        job_pieces(range).try_for_each(|range| {
+            let request = Request::MapRange { device, table, range, access, detail };
+            self.core.call(request, |_, reply| match reply {
+                Reply::Done => Ok(()),
+                Reply::Fault(error) => Err(error),
+                reply => unreachable!("{reply:?} is no answer to a fault"),
+            })
+        })
     }
 
     /// The bytes of a page that the device holds exclusively. Valid while the translation is.

@@ -21,6 +21,7 @@ use crate::{
     notifier::Ops,
     os::Os,
     page_set::PageSet,
+    range::PageReport,
     thread::Ctx,
     trace::Why,
 };
@@ -75,11 +76,14 @@ impl<O: Os> Core<O> {
                     Err(error) => Reply::Fault(error),
                 }
             }
-            Request::RangeFault { device, range, access } => {
-                match self.range_fault(ctx, device, range, access, &mut |n, report| job.set_result(n, report.bits())) {
-                    Ok(()) => Reply::Done,
-                    Err(error) => Reply::Fault(error),
-                }
+            Request::RangeFault { device, range, access, detail } => {
+                let mut report = |n, report: PageReport| job.set_result(n, report.bits());
+                let done = self.range_fault(ctx, device, range, access, detail, &mut report);
+                done.map_or_else(Reply::Fault, |()| Reply::Done)
+            }
+            Request::MapRange { device, table, range, access, detail } => {
+                let done = self.map_range(ctx, (device, table), range, access, detail);
+                done.map_or_else(Reply::Fault, |()| Reply::Done)
             }
             Request::Exclusive { device, range } => {
                 self.refresh_excluded(ctx);

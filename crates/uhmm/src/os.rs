@@ -83,6 +83,12 @@ pub trait Os: Send + Sync + std::fmt::Debug + 'static {
         let mut page = [Page::empty(); 1];
         self.scan(PageRange::page_of(at), &mut page).map(|()| page[0])
     }
+    /// Adds [`Page::ANON_EXCLUSIVE`] to pages of one mapping that [`Os::scan`] found, where the kernel tells: of those the
+    /// mapping's `page_size` counts.
+    ///
+    /// # Errors
+    /// As [`Os::scan`].
+    fn mark_exclusive(&self, range: PageRange, page_size: u64, pages: &mut [Page]) -> Result<(), Errno>;
     /// The first page of `range` that is there, or its start where that cannot be told at once. `None`: nothing is.
     ///
     /// # Errors
