@@ -1,4 +1,5 @@
 //! Devices for uhmm.
 #![deny(unsafe_code)]
 
+pub mod dmirror;
 pub mod soft;

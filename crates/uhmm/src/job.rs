@@ -61,6 +61,8 @@ pub(crate) enum Request {
     RangeFault { device: DeviceId, range: PageRange, access: Option<Access>, detail: Detail },
     /// Fault pages in and install their translations in the device's own table.
     MapRange { device: DeviceId, table: &'static DeviceTable, range: PageRange, access: Access, detail: Detail },
+    /// Give up all translations in the device's own table.
+    Forget { device: DeviceId, table: &'static DeviceTable },
     /// Take pages for exclusive access. A result per page: a `PageOutcome`.
     Exclusive { device: DeviceId, range: PageRange },
     /// Give up all translations of a range because the program is about to change its mapping.

@@ -27,7 +27,7 @@ use uhmm_sys::{
 
 use crate::{
     block::{Block, Place, Transit},
-    device::{DevPfn, Device, DeviceId, Invalidation, MemoryKind, MemorySpec},
+    device::{Cause, DevPfn, Device, DeviceId, Invalidation, MemoryKind, MemorySpec},
     device_table::{Access, BLOCK_ORDER, DeviceTable, Pte},
     devices::{Entry, Memory, SharedBooks},
     engine::Core,
@@ -198,6 +198,14 @@ impl<O: Os> Core<O> {
 
     pub(crate) fn drop_entry(&self, entry: &'static Entry) {
         let _ = self.notifiers.remove(entry.subscription());
+    }
+
+    /// Gives up all translations of a device, whose own `table` is. A fault that is being served begins again.
+    pub(crate) fn forget(&self, device: DeviceId, table: &'static DeviceTable) {
+        if let Some(entry) = self.devices.get(device).filter(|entry| std::ptr::eq(entry.table(), table)) {
+            let invalidation = Invalidation { range: crate::ops::whole_space(), cause: Cause::Release, owner: None };
+            self.notifiers.invalidate_one(entry.subscription(), &invalidation);
+        }
     }
 
     /// Serves a device's fault at `addr`: installs a translation in its table and returns it. The table is the device's own;

@@ -792,6 +792,17 @@ impl Port {
         })
     }
 
+    /// Gives up all of the device's translations. Its pages stay where they are.
+    ///
+    /// # Locking
+    /// As [`Device::flush`]: waits for accesses under way.
+    ///
+    /// # Kernel
+    /// `mmu_interval_notifier_remove()`, after which a driver frees its table.
+    pub fn forget(&self) {
+        self.core.call(Request::Forget { device: self.id, table: self.table }, |_, _| ());
+    }
+
     /// The bytes of a page that the device holds exclusively. Valid while the translation is.
     #[must_use]
     pub fn exclusive_bytes(&self, addr: VirtAddr) -> Option<HostBytes> {

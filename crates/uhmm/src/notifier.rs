@@ -654,16 +654,33 @@ impl<const N: usize> Notifiers<N> {
         running
     }
 
+    /// Has one subscription give up what it has, and its snapshots begin again. No mapping changes.
+    pub(crate) fn invalidate_one(&self, subscription: &Subscription, invalidation: &Invalidation) {
+        let key = (subscription.range.start().get(), subscription.slot);
+        let call = {
+            let index = lock(&self.index);
+            let at = index.position(key);
+            index.entries[..index.len].get(at).filter(|entry| entry.key() == key).map(|entry| self.call(entry))
+        };
+        if let Some(call) = call {
+            let Invalidated(_) = call.ops.get().invalidate(invalidation, InvalidateSeq { slot: call.hold.0 });
+        }
+    }
+
     /// The first callback after `last` for `range`, held against removal.
     fn next_call(&self, range: PageRange, last: Option<Key>) -> Option<Call<'_>> {
         let index = lock(&self.index);
         let from = last.map_or(0, |(start, slot)| index.position((start, slot + 1)));
-        let entry = index.overlap(0, index.len, from, range)?;
+        index.overlap(0, index.len, from, range).map(|entry| self.call(entry))
+    }
+
+    /// An entry's callback, held against removal. The caller has the index locked.
+    fn call(&self, entry: &Entry) -> Call<'_> {
         let slot = self.slot(entry.slot);
         slot.calls.fetch_add(1, Ordering::AcqRel);
         let hold = Hold(slot);
         let ops = entry.ops.clone().expect("an entry in the index has its callback");
-        Some(Call { ops, key: entry.key(), hold })
+        Call { ops, key: entry.key(), hold }
     }
 
     fn slot(&self, slot: u32) -> &Slot {

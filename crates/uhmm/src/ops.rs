@@ -85,6 +85,10 @@ impl<O: Os> Core<O> {
                 let done = self.map_range(ctx, (device, table), range, access, detail);
                 done.map_or_else(Reply::Fault, |()| Reply::Done)
             }
+            Request::Forget { device, table } => {
+                self.forget(device, table);
+                Reply::Done
+            }
             Request::Exclusive { device, range } => {
                 self.refresh_excluded(ctx);
                 self.exclusive(ctx, device, range, &mut |n, outcome| job.set_result(n, outcome as u64));

@@ -87,6 +87,12 @@ pub enum AccessError {
         /// The address.
         addr: VirtAddr,
     },
+    /// The device has no translation for the access, and the lane does not fault.
+    #[error("{addr}: no translation, and the lane does not fault")]
+    Unmapped {
+        /// The page.
+        addr: VirtAddr,
+    },
     /// The kernel refused the access to host memory.
     #[error("{addr}: {errno}")]
     Kernel {
@@ -104,6 +110,7 @@ pub struct Lane {
     port: Port,
     index: usize,
     policy: DeviceFaultPolicy,
+    faulting: bool,
     budget: Duration,
     /// A page of the arena, the lane's own.
     bounce: HostBytes,
@@ -148,7 +155,7 @@ impl Lane {
     pub(super) const fn new(device: &'static SoftDevice, port: Port, index: usize, bounce: HostBytes) -> Self {
         let (policy, budget) = (device.config.fault_policy, device.config.access_budget);
         let kept = [const { Cell::new(Kept::NONE) }; KEPT];
-        Self { device, port, index, policy, budget, bounce, kept, walks: Cell::new(0) }
+        Self { device, port, index, policy, faulting: true, budget, bounce, kept, walks: Cell::new(0) }
     }
 
     /// The lane's number.
@@ -166,6 +173,12 @@ impl Lane {
     /// Says what the lane's device faults do with pages in host memory; at first what the device was set up with.
     pub const fn set_fault_policy(&mut self, policy: DeviceFaultPolicy) {
         self.policy = policy;
+    }
+
+    /// Says whether the lane has misses served, which it does at first. Where not they are [`AccessError::Unmapped`], and the
+    /// caller sees to the translations: by [`Port::fault_range`], say.
+    pub const fn set_faulting(&mut self, on: bool) {
+        self.faulting = on;
     }
 
     /// How often the lane has looked something up in the device's page table.
@@ -248,6 +261,9 @@ impl Lane {
 
     /// Has a miss served.
     fn miss(&self, addr: VirtAddr, need: Access, misses: &mut Misses) -> Result<(), AccessError> {
+        if !self.faulting {
+            return Err(AccessError::Unmapped { addr: addr.page() });
+        }
         misses.tries += 1;
         let first = *misses.first.get_or_insert_with(Instant::now);
         if misses.tries > 2 && first.elapsed() > self.budget {
