@@ -225,7 +225,11 @@ impl<O: Os> Core<O> {
                 let left = BUDGET.checked_sub(start.elapsed()).ok_or_else(timed_out)?;
                 let mine = |entry: &&Entry| std::ptr::eq(entry.table(), table);
                 let entry = self.devices.get(device).filter(mine).ok_or(FaultError::NoDevice)?;
-                self.fault_in(ctx, entry, part, access)?;
+                match self.fault_in(ctx, entry, part, access) {
+                    // A page has left again meanwhile.
+                    Err(FaultError::Kernel { errno: Errno::INTR | Errno::AGAIN, .. }) => continue,
+                    done => done?,
+                }
                 let seq = self.notifiers.read_begin_within(entry.subscription(), left).map_err(|_| timed_out())?;
                 // As for a single page.
                 if !entry.is_live() {
