@@ -136,8 +136,6 @@ const PRIVATE_LOCAL: u8 = 0x20;
 const COHERENT_LOCAL: u8 = 0x40;
 const COHERENT_REMOTE: u8 = 0x50;
 
-/// Pages that a snapshot looks at before it tells of them.
-const SNAPSHOT_PAGES: u64 = BLOCK_PAGES as u64;
 /// How often pages are asked to the device that are only busy: the engine may be moving them for somebody else.
 const MIGRATE_TRIES: u32 = 20;
 /// How often a page that a CPU thread takes back is taken again.
@@ -389,7 +387,7 @@ impl Dmirror {
         let (mut count, mut failed) = (0, false);
         self.each_mapping(cmd, |piece| {
             self.each_run(piece, |run, unit| {
-                if flags.wants_failure() && flags.takes_failure() && !unit {
+                if flags.takes_failure() && !unit {
                     failed = true;
                     return;
                 }
@@ -413,14 +411,13 @@ impl Dmirror {
                 && reports.iter().all(|report| {
                     is_here(report) && report.coherent_device().is_none() && report.order() == BLOCK_ORDER
                 });
-            let mut at = 0;
-            while at < reports.len() {
-                let alike = reports[at..].iter().take_while(|report| is_here(report) == is_here(&reports[at])).count();
-                if is_here(&reports[at]) {
-                    let start = part.start().add((at as u64) << PAGE_SHIFT);
-                    f(PageRange::new(start, (alike as u64) << PAGE_SHIFT).expect("a part of the range"), unit);
+            let mut at = part.start();
+            for alike in reports.chunk_by(|a, b| is_here(a) == is_here(b)) {
+                let run = PageRange::new(at, (alike.len() as u64) << PAGE_SHIFT).expect("a part of the range");
+                at = run.end();
+                if is_here(&alike[0]) {
+                    f(run, unit);
                 }
-                at += alike;
             }
         }
         Ok(())
@@ -449,7 +446,7 @@ impl Dmirror {
         while done < cmd.npages {
             let start = cmd.addr + (done << PAGE_SHIFT);
             let mut bytes = [ERROR; BLOCK_PAGES];
-            let pages = (cmd.npages - done).min(SNAPSHOT_PAGES);
+            let pages = (cmd.npages - done).min(BLOCK_PAGES as u64);
             // Above the address space nothing is mapped.
             let end = (start + (pages << PAGE_SHIFT)).min(TASK_SIZE);
             if let Ok(range) = PageRange::from_ends(VirtAddr::new(start), VirtAddr::new(end)) {

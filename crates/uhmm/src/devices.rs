@@ -243,6 +243,11 @@ impl Devices {
         *self.slots[id.index()].read().expect("nobody panics with this lock held")
     }
 
+    /// The device with that number, if `table` is its own: another may have the number by now.
+    pub(crate) fn with_table(&self, id: DeviceId, table: &'static DeviceTable) -> Option<&'static Entry> {
+        self.get(id).filter(|entry| std::ptr::eq(entry.table(), table))
+    }
+
     pub(crate) fn for_each(&self, mut f: impl FnMut(&'static Entry)) {
         for slot in &self.slots {
             let entry = *slot.read().expect("nobody panics with this lock held");

@@ -32,7 +32,7 @@ use crate::{
     devices::{Entry, Memory, SharedBooks},
     engine::Core,
     migrate::{Holes, OtherDevices, Outcomes, PageOutcome, Plan, ResidencyRule, refusal},
-    notifier::{IntervalOps, InvalidateSeq, Invalidated},
+    notifier::{IntervalOps, InvalidateSeq, Invalidated, ReadSeq},
     os::Os,
     page_set::PageSet,
     sync::Words,
@@ -154,7 +154,16 @@ impl IntervalOps for TableSink {
 }
 
 /// How long an operation tries while the address space keeps changing under it.
-pub(crate) const BUDGET: Duration = Duration::from_secs(1);
+const BUDGET: Duration = Duration::from_secs(1);
+
+/// What is left of the budget of an operation on `addr` that began at `start`.
+pub(crate) fn budget_left(start: Instant, addr: VirtAddr) -> Result<Duration, FaultError> {
+    BUDGET.checked_sub(start.elapsed()).ok_or_else(|| timed_out(addr))
+}
+
+fn timed_out(addr: VirtAddr) -> FaultError {
+    FaultError::TimedOut { addr, ms: u64::try_from(BUDGET.as_millis()).expect("short") }
+}
 
 impl<O: Os> Core<O> {
     /// `books` are the parent's, where this is a forked child.
@@ -202,10 +211,22 @@ impl<O: Os> Core<O> {
 
     /// Gives up all translations of a device, whose own `table` is. A fault that is being served begins again.
     pub(crate) fn forget(&self, device: DeviceId, table: &'static DeviceTable) {
-        if let Some(entry) = self.devices.get(device).filter(|entry| std::ptr::eq(entry.table(), table)) {
+        if let Some(entry) = self.devices.with_table(device, table) {
             let invalidation = Invalidation { range: crate::ops::whole_space(), cause: Cause::Release, owner: None };
             self.notifiers.invalidate_one(entry.subscription(), &invalidation);
         }
+    }
+
+    /// Begins to look at what a translation of `addr` is to be made from, which takes `left` at most.
+    pub(crate) fn begin_translation(
+        &self,
+        entry: &Entry,
+        addr: VirtAddr,
+        left: Duration,
+    ) -> Result<ReadSeq, FaultError> {
+        let seq = self.notifiers.read_begin_within(entry.subscription(), left).map_err(|_| timed_out(addr))?;
+        // A device that leaves says so before its translations are given up: this one is, or is not made.
+        if entry.is_live() { Ok(seq) } else { Err(FaultError::NoDevice) }
     }
 
     /// Serves a device's fault at `addr`: installs a translation in its table and returns it. The table is the device's own;
@@ -228,18 +249,12 @@ impl<O: Os> Core<O> {
         }
         let page = PageRange::page_of(addr);
         let addr = page.start();
-        let timed_out = || FaultError::TimedOut { addr, ms: u64::try_from(BUDGET.as_millis()).expect("short") };
         let mut may_migrate = policy == DeviceFaultPolicy::Migrate;
         self.stats.add(Counter::DeviceFaults, 1);
         loop {
-            let left = BUDGET.checked_sub(start.elapsed()).ok_or_else(timed_out)?;
-            let mine = |entry: &&Entry| std::ptr::eq(entry.table(), table);
-            let entry = self.devices.get(device).filter(mine).ok_or(FaultError::NoDevice)?;
-            let seq = self.notifiers.read_begin_within(entry.subscription(), left).map_err(|_| timed_out())?;
-            // A device that leaves says so before its translations are given up: this one is, or is not made.
-            if !entry.is_live() {
-                return Err(FaultError::NoDevice);
-            }
+            let left = budget_left(start, addr)?;
+            let entry = self.devices.with_table(device, table).ok_or(FaultError::NoDevice)?;
+            let seq = self.begin_translation(entry, addr, left)?;
             let vma = self.check_access(addr, access)?;
             let writable = vma.prot.contains(Prot::WRITE);
             // A block of one mapping may have one entry.

@@ -19,7 +19,7 @@ use crate::{
     devices::Entry,
     engine::Core,
     home::span,
-    mirror::{BUDGET, FaultError, most},
+    mirror::{FaultError, budget_left, most},
     os::Os,
     page_set::PageSet,
     thread::Ctx,
@@ -220,21 +220,14 @@ impl<O: Os> Core<O> {
         for part in range.iter_blocks() {
             let start = Instant::now();
             loop {
-                let ms = u64::try_from(BUDGET.as_millis()).expect("short");
-                let timed_out = || FaultError::TimedOut { addr: part.start(), ms };
-                let left = BUDGET.checked_sub(start.elapsed()).ok_or_else(timed_out)?;
-                let mine = |entry: &&Entry| std::ptr::eq(entry.table(), table);
-                let entry = self.devices.get(device).filter(mine).ok_or(FaultError::NoDevice)?;
+                let left = budget_left(start, part.start())?;
+                let entry = self.devices.with_table(device, table).ok_or(FaultError::NoDevice)?;
                 match self.fault_in(ctx, entry, part, access) {
                     // A page has left again meanwhile.
                     Err(FaultError::Kernel { errno: Errno::INTR | Errno::AGAIN, .. }) => continue,
                     done => done?,
                 }
-                let seq = self.notifiers.read_begin_within(entry.subscription(), left).map_err(|_| timed_out())?;
-                // As for a single page.
-                if !entry.is_live() {
-                    return Err(FaultError::NoDevice);
-                }
+                let seq = self.begin_translation(entry, part.start(), left)?;
                 // Who holds a page may have had its translations given up already.
                 let is_held = |block: Block| PageSet::of(part).iter().any(|i| block.word(i).locked());
                 if self.blocks.find(part.start()).is_some_and(is_held) {
@@ -372,8 +365,8 @@ impl<O: Os> Core<O> {
                 let zero = if flags.contains(Page::ZERO) { ZERO } else { 0 };
                 let huge =
                     if flags.contains(Page::HUGE) || vma.page_size > uhmm_sys::addr::PAGE_SIZE { HUGE } else { 0 };
-                // Whether one page's entry is writable does not show from here; after a write fault it is. When in
-                // doubt: not, and the device asks for a write fault.
+                // After a write fault a page's entry is writable, and where the kernel was asked and says so. When in doubt:
+                // not, and the device asks for a write fault.
                 let faulted = asked.is_some_and(|a| a > Access::Read) || flags.contains(Page::ANON_EXCLUSIVE);
                 let write = if faulted && writable { WRITE } else { 0 };
                 let on_device = match place {

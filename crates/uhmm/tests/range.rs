@@ -160,6 +160,30 @@ fn a_range_with_a_bad_block_keeps_what_comes_before_it() {
 }
 
 #[test]
+fn a_device_may_forget_its_translations_and_keep_its_pages() {
+    isolated!(|| {
+        let mm = open()?;
+        let (mirror, other) = (Watcher::register(&mm, 1024), Watcher::register(&mm, 16));
+        let area = Area::filled(Shape::Small, 2, 1);
+        send(&mirror, &area.part(0..512));
+        let ports = [mirror.port().unwrap(), other.port().unwrap()];
+        let translate = |port: &uhmm::Port| port.fault_range(area.part(512..1024).range(), Access::Read, Detail::Cheap);
+        ports.iter().for_each(|port| translate(port).unwrap());
+        mirror.device().forget();
+        ports[0].forget();
+        assert_eq!(ports[0].table().entries(), 0);
+        assert!(mirror.device().flushes.load(Relaxed) > 0, "the device was told");
+        assert!(ports[1].table().entries() > 0, "another device's stay");
+        assert_eq!(mm.pages_away(), 512);
+        translate(&ports[0]).unwrap();
+        assert!(ports[0].table().entries() > 0);
+        mirror.device().check();
+        area.check(1);
+        Ok(())
+    });
+}
+
+#[test]
 fn pages_shared_with_a_child_come_home_before_the_device_may_write_them() {
     isolated!(|| {
         let mm = open()?;
