@@ -20,7 +20,7 @@ use crate::{
     engine::Core,
     home::span,
     mirror::{FaultError, budget_left, most},
-    os::Os,
+    os::{MANAGED, Os},
     page_set::PageSet,
     thread::Ctx,
     trace::Why,
@@ -281,7 +281,10 @@ impl<O: Os> Core<O> {
                 return Err(Errno::AGAIN);
             }
             // The kernel asks no handler for a page that a system call touches. So holes of registered memory are filled
-            // as a handler would.
+            // as a handler would; not another userfaultfd's, which the kernel would let us fill.
+            if self.os.is_registered(range) && self.os.register(range, MANAGED) == Err(Errno::BUSY) {
+                return populated;
+            }
             for i in PageSet::of(range).iter().filter(|&i| block.word(i).is_cpu()) {
                 let _ = self.fill_hole(ctx, block, i);
             }
