@@ -33,9 +33,9 @@ use uhmm_devices::soft::{SoftConfig, SoftDevice};
 use uhmm_sys::{
     Errno, arena,
     dispatch::{self, Pager, Whereabouts},
-    exclude,
+    exclude, fence,
     files::own_files,
-    futex,
+    futex::{self, WaitResult},
     maps::{Maps, anon_rss_bytes},
     space, thread,
 };
@@ -52,6 +52,8 @@ const HEAD_START: Duration = Duration::from_millis(20);
 const STEP: Duration = Duration::from_millis(2);
 /// How long a program waits for its engine, where it does.
 const START_PATIENCE: Duration = Duration::from_secs(30);
+/// The part of it for which it waits at a time.
+const PATIENCE_STEP: Duration = Duration::from_millis(100);
 /// How long a stress access of a device fights for a page before the next one has its turn.
 const ACCESS_BUDGET: Duration = Duration::from_millis(20);
 
@@ -105,6 +107,8 @@ pub(crate) fn start(environment: &Environment) {
         Err(why) => return fail(Files::Program, format_args!("{why}")),
     }
     report_panics();
+    // Here, where the process has one thread: with more the kernel takes tens of milliseconds for it, or seconds under load.
+    fence::register_membarrier();
     // Here, where no other thread can fork meanwhile: the first call takes a lock of the dynamic linker's.
     exclude::engine_statics(&mut |_| ());
     if !atfork::register_ours() {
@@ -173,13 +177,23 @@ fn schedule() {
     if !ORDERS.get().is_some_and(|orders| orders.from_start) {
         return;
     }
-    let started = Instant::now();
-    while SETTLED.load(Acquire) == 0 {
-        let _ = futex::wait(&SETTLED, 0, Some(START_PATIENCE));
-        if started.elapsed() > START_PATIENCE {
-            return fail(Files::Program, format_args!("its engine does not start within {START_PATIENCE:?}"));
+    if !is_settled_in_time() {
+        fail(Files::Program, format_args!("its engine does not start within {START_PATIENCE:?}"));
+    }
+}
+
+/// Waits until there is nothing to wait for, and says whether that came.
+///
+/// Patience is counted in waits, not read from a clock: a machine that is stopped for a minute (a virtual one that is moved, or
+/// a snapshot of which is taken) finds that minute gone on the clock, in which the engine could not do anything either.
+fn is_settled_in_time() -> bool {
+    let mut left = START_PATIENCE;
+    while SETTLED.load(Acquire) == 0 && !left.is_zero() {
+        if futex::wait(&SETTLED, 0, Some(PATIENCE_STEP)) == WaitResult::TimedOut {
+            left = left.saturating_sub(PATIENCE_STEP);
         }
     }
+    SETTLED.load(Acquire) != 0
 }
 
 /// In a forked child, whose parent's engine is none of its own.

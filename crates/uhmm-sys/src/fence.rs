@@ -34,6 +34,9 @@ fn membarrier(command: u64) -> bool {
 /// To be called before the threads that use the fences exist: a thread that has not heard of it makes a full fence,
 /// which pairs with either kind, but a [`heavy`] that has not heard of it would not pair with a light one that has.
 ///
+/// The first call takes microseconds while the process has one thread. Later the kernel waits for a grace period: 10 ms and more,
+/// and seconds on a machine under load.
+///
 /// # Kernel
 /// `membarrier(2)`, `MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED`, from Linux 4.14.
 pub fn register_membarrier() -> bool {
