@@ -94,6 +94,9 @@ impl Queue {
     }
 }
 
+/// The longest sleep where memory must go and cannot: pages that a forked child shares, or that the program has pinned.
+const LONGEST_PAUSE: Duration = Duration::from_millis(64);
+
 /// The most rounds that go by without a page to set aside before what stands in the queue has to go.
 const MOST_ROUNDS: u32 = 8;
 
@@ -117,6 +120,8 @@ struct Reclaim {
     parked: usize,
     /// Rounds since anything could be set aside.
     idle_rounds: u32,
+    /// How long to sleep when nothing can go. Longer each time: nobody is helped by a thread that tries all the time.
+    pause: Duration,
     /// When RAM came free last, or need not.
     freed: Instant,
 }
@@ -159,6 +164,7 @@ impl<O: Os> Core<O> {
             slowed: VirtAddr::new(0),
             parked: 0,
             idle_rounds: 0,
+            pause: TICK,
             freed: Instant::now(),
         };
         let mut last_rss = 0u64;
@@ -191,8 +197,14 @@ impl<O: Os> Core<O> {
             if slow {
                 self.slow_growth(ctx, &mut state.slowed);
             }
-            if enough || !self.reclaim(ctx, &mut state, over, limit, rss > limit) {
+            if enough {
+                state.pause = TICK;
                 std::thread::sleep(TICK);
+            } else if self.reclaim(ctx, &mut state, over, limit, rss > limit) {
+                state.pause = TICK;
+            } else {
+                std::thread::sleep(state.pause);
+                state.pause = (state.pause * 2).min(LONGEST_PAUSE);
             }
         }
     }
@@ -227,12 +239,13 @@ impl<O: Os> Core<O> {
         let start = Instant::now();
         let mut need = over / PAGE_SIZE;
         let mut worked = false;
-        // What could not move a tick ago may be able to now.
+        // What could not move a tick ago may be able to now. Where nothing could for long, one round will tell.
         state.idle_rounds = 0;
+        let most_rounds = if state.pause == LONGEST_PAUSE { 1 } else { MOST_ROUNDS };
         while need != 0 && start.elapsed() < TICK {
             // Something stands in the queue at all times, so that what leaves for good has been tried first.
             let tried = (limit / TRIAL_SHARE).max(BLOCK_SIZE) / PAGE_SIZE;
-            let out = if u64::from(self.staging.standing()) < tried && state.idle_rounds < MOST_ROUNDS {
+            let out = if u64::from(self.staging.standing()) < tried && state.idle_rounds < most_rounds {
                 let (any, out) = self.set_aside_next(ctx, state);
                 worked |= any;
                 out
@@ -250,7 +263,8 @@ impl<O: Os> Core<O> {
                 need = need.saturating_sub(out);
             }
         }
-        worked || start.elapsed() >= TICK
+        // Time may be over before the hand was round.
+        worked || (start.elapsed() >= TICK && state.idle_rounds == 0)
     }
 
     /// Sets the pages of the next block aside that the hand comes upon. Returns whether any could be, and how many went on

@@ -258,6 +258,39 @@ fn a_fault_waits_a_second_for_a_device_that_stalls() {
     });
 }
 
+/// CPU time that this process has used.
+fn cpu_time() -> Duration {
+    // SAFETY: a structure of numbers.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel fills the local structure in.
+    assert_eq!(unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) }, 0);
+    let of = |t: libc::timeval| {
+        Duration::from_secs(t.tv_sec.unsigned_abs()) + Duration::from_micros(t.tv_usec.unsigned_abs())
+    };
+    of(usage.ru_utime) + of(usage.ru_stime)
+}
+
+#[test]
+fn reclaim_that_can_free_nothing_does_not_try_all_the_time() {
+    isolated!(|| {
+        let mm = open()?;
+        let _mirror = Watcher::register(&mm, 8 * 512);
+        let area = Area::filled(Shape::Small, 4, 1);
+        // Less than the process needs whatever goes.
+        mm.keep_resident(64 << 10).unwrap();
+        eventually("all that can go is gone", || mm.pages_away() >= area.pages);
+        std::thread::sleep(Duration::from_millis(500));
+        let before = cpu_time();
+        std::thread::sleep(Duration::from_secs(1));
+        let used = cpu_time() - before;
+        assert!(used < Duration::from_millis(50), "{used:?} in a second");
+        // What comes home goes again.
+        area.check(1);
+        eventually("all that can go is gone", || mm.pages_away() >= area.pages);
+        Ok(())
+    });
+}
+
 #[test]
 fn a_migration_does_not_wait_for_a_fork_for_ever() {
     isolated!(|| {
