@@ -333,7 +333,13 @@ impl<O: Os> Core<O> {
             let uniform = vma.range.contains_range(PageRange::block_of(piece.start()));
             let unit = if uniform { self.unit(entry, piece.start()) } else { None };
             for (page, flags) in piece.iter_pages().zip(pages.iter()) {
-                let place = block.map_or(Place::Cpu, |b| b.word(page.page_in_block()).place());
+                let word = block.map(|block| block.word(page.page_in_block()));
+                let place = match word {
+                    // On its way home and there already: the thread that touched it may have gone on.
+                    Some(word) if word.locked() && flags.contains(Page::PRESENT) && !word.is_mapped() => Place::Cpu,
+                    Some(word) => word.place(),
+                    None => Place::Cpu,
+                };
                 report(self.page_report(entry, &vma, place, unit.is_some(), *flags, asked));
             }
             at = piece.end();

@@ -213,6 +213,26 @@ fn pages_shared_with_a_child_come_home_before_the_device_may_write_them() {
 }
 
 #[test]
+fn a_page_that_was_touched_is_not_reported_on_the_device() {
+    isolated!(|| {
+        let mm = open()?;
+        let mirror = Watcher::register(&mm, 1024);
+        let area = Area::filled(Shape::Small, 1, 1);
+        for _ in 0..40 {
+            send(&mirror, &area);
+            for n in (0..512).step_by(3) {
+                peek(area.page(n));
+                let page = PageRange::new(virt(area.page(n)), PAGE as u64).unwrap();
+                let report = mirror.snapshot(page).unwrap()[0];
+                // Nothing else moves it: where the CPU has been, it is.
+                assert!(report.is_valid() && report.local_frame().is_none(), "{report:?}");
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn pages_on_their_way_home_get_no_translation() {
     isolated!(|| {
         let mm = open()?;
