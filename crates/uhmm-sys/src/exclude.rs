@@ -24,7 +24,8 @@ const ENTRIES: usize = 1024;
 /// Where a name starts in a directory entry, and its length field.
 const ENTRY_NAME: usize = 19;
 const ENTRY_LEN: usize = 16;
-/// How far below a robust list's head the control block and what it needs may start, and how far above they may end.
+/// Where no more is known: how far below a robust list's head the control block and what it needs may start, and how far
+/// above they may end.
 /// glibc places the head some 0.7 KiB into a block of 2.5 KiB.
 const CONTROL_BELOW: u64 = PAGE_SIZE;
 const CONTROL_ABOVE: u64 = PAGE_SIZE;
@@ -75,12 +76,13 @@ pub(crate) fn threads(f: &mut dyn FnMut(u64)) -> Result<(), Errno> {
 
 /// The control block pages of the thread `tid`, if it has a robust list.
 fn control_pages(tid: u64) -> Option<PageRange> {
-    let (mut head, mut len) = (0u64, 0u64);
-    let args = [tid, raw::ptr_arg(&raw mut head), raw::ptr_arg(&raw mut len)];
-    // SAFETY: the kernel writes two words, both locals. A thread that has ended meanwhile answers an error.
-    unsafe { raw::syscall(libc::SYS_get_robust_list, args) }.ok()?;
-    let start = head.checked_sub(CONTROL_BELOW)?;
-    PageRange::covering(VirtAddr::new(start), CONTROL_BELOW + CONTROL_ABOVE).ok()
+    let head = tls::robust_head(tid)?;
+    // What lies beside is the program's, and may move.
+    let known = tls::recipe().ok().and_then(|recipe| recipe.control_pages(head));
+    known.or_else(|| {
+        let start = head.get().checked_sub(CONTROL_BELOW)?;
+        PageRange::covering(VirtAddr::new(start), CONTROL_BELOW + CONTROL_ABOVE).ok()
+    })
 }
 
 /// Calls `f` for the pages of the calling thread's static thread-local storage, control block and storage vector.

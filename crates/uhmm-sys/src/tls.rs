@@ -31,7 +31,7 @@ use std::{
 
 use crate::{
     Errno,
-    addr::{PAGE_SIZE, VirtAddr},
+    addr::{PAGE_SIZE, PageRange, VirtAddr},
     arena, raw, thread,
 };
 
@@ -75,6 +75,10 @@ pub(crate) struct Recipe {
     below: u64,
     /// Where glibc keeps the thread's rseq area, relative to the thread pointer.
     rseq: Option<i64>,
+    /// How far above the thread pointer glibc keeps the head of the robust list.
+    robust: Option<u64>,
+    /// Bytes of glibc's `struct pthread`, at the thread pointer.
+    control: u64,
     /// Whether glibc's thread id is where it is expected.
     tid_known: bool,
     /// Whether the vector looks as expected.
@@ -120,8 +124,16 @@ unsafe fn poke(addr: u64, value: u64) {
 
 fn collect() -> Recipe {
     let empty = Module { id: 0, below: 0, image: VirtAddr::new(0), image_len: 0 };
-    let mut recipe =
-        Recipe { modules: [empty; MODULES], count: 0, below: 0, rseq: None, tid_known: false, vector_known: true };
+    let mut recipe = Recipe {
+        modules: [empty; MODULES],
+        count: 0,
+        below: 0,
+        rseq: None,
+        robust: None,
+        control: ABOVE,
+        tid_known: false,
+        vector_known: true,
+    };
     // SAFETY: `add_module` is called with this recipe, which nobody else uses, before the call returns.
     unsafe { libc::dl_iterate_phdr(Some(add_module), (&raw mut recipe).cast::<c_void>()) };
 
@@ -135,11 +147,30 @@ fn collect() -> Recipe {
         // SAFETY: glibc 2.35 and later define it as a constant `ptrdiff_t`.
         recipe.rseq = Some(unsafe { rseq.cast::<i64>().read() });
     }
+    recipe.robust = robust_head(0).and_then(|head| head.get().checked_sub(tp)).filter(|&above| above < ABOVE);
+    // SAFETY: as above.
+    let size = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"_thread_db_sizeof_pthread".as_ptr()) };
+    if !size.is_null() {
+        // SAFETY: glibc defines it as a constant `uint32_t`, for debuggers.
+        recipe.control = u64::from(unsafe { size.cast::<u32>().read() }).clamp(PTHREAD_TID, ABOVE);
+    }
     let deepest_module = recipe.modules[..recipe.count].iter().map(|m| m.below).max().unwrap_or(0);
     let deepest = deepest_module.max(recipe.rseq.map_or(0, |off| off.min(0).unsigned_abs()));
     // A page more: modules without an image of their own, and the alignment of the lowest one.
     recipe.below = deepest.next_multiple_of(PAGE_SIZE) + PAGE_SIZE;
     recipe
+}
+
+/// The head of the robust list of a thread, 0 for the calling one: the C library places it in the control block.
+///
+/// # Kernel
+/// `get_robust_list(2)`.
+pub(crate) fn robust_head(tid: u64) -> Option<VirtAddr> {
+    let (mut head, mut len) = (0u64, 0u64);
+    let args = [tid, raw::ptr_arg(&raw mut head), raw::ptr_arg(&raw mut len)];
+    // SAFETY: the kernel writes two words, both locals. A thread that has ended meanwhile answers an error.
+    unsafe { raw::syscall(libc::SYS_get_robust_list, args) }.ok()?;
+    (head != 0).then(|| VirtAddr::new(head))
 }
 
 /// Adds a module's static storage to the recipe.
@@ -176,6 +207,17 @@ unsafe extern "C" fn add_module(info: *mut libc::dl_phdr_info, _size: usize, rec
 }
 
 impl Recipe {
+    /// What the kernel uses of the control block whose robust list has this head, if it is known where such a block has it.
+    pub(crate) fn control_pages(&self, head: VirtAddr) -> Option<PageRange> {
+        /// The kernel's area, with room for what it may grow.
+        const RSEQ: i64 = 64;
+        let tp = head.get().checked_sub(self.robust?)?;
+        let rseq = self.rseq.unwrap_or(0);
+        let start = tp.checked_add_signed(rseq.min(0))?;
+        let end = (tp + self.control).max(tp.checked_add_signed(rseq + RSEQ)?);
+        PageRange::covering(VirtAddr::new(start), end - start).ok()
+    }
+
     /// Bytes below the thread pointer, whole pages.
     pub(crate) const fn below(&self) -> u64 {
         self.below
