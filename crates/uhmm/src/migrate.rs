@@ -720,6 +720,10 @@ impl<O: Os> Core<O> {
             self.stats.add(Counter::PagesOut, run.count);
             if huge && run.count == BLOCK_PAGES {
                 self.stats.add(Counter::FoliosOut, 1);
+                // What was cold is as likely to be wanted in part.
+                if why != Why::Cold {
+                    policy::left_whole(transit.block().policy());
+                }
             }
         }
         failed

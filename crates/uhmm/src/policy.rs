@@ -31,6 +31,8 @@ struct Residency {
     window_log: u64,
     /// Page after the last window.
     next: u64,
+    /// Whether the block left as one huge page, and nothing of it was touched since.
+    whole: bool,
 }
 
 impl Residency {
@@ -43,18 +45,19 @@ impl Residency {
         }
     }
 
-    // 40 bits of ms (34 years), 4 of doublings, 4 of window, 10 of next.
+    // 40 bits of ms (34 years), 4 of doublings, 4 of window, 10 of next, 1 of whole.
     fn unpack(word: u64) -> Self {
         Self {
             home_ms: word & ((1 << 40) - 1),
             doublings: word >> 40 & 0xf,
             window_log: word >> 44 & 0xf,
             next: word >> 48 & 0x3ff,
+            whole: word >> 58 & 1 != 0,
         }
     }
 
     fn pack(self) -> u64 {
-        (self.home_ms & ((1 << 40) - 1)) | self.doublings << 40 | self.window_log << 44 | self.next << 48
+        (self.home_ms & ((1 << 40) - 1)) | self.doublings << 40 | self.window_log << 44 | self.next << 48 | u64::from(self.whole) << 58
     }
 
     fn minimum_ms(self) -> u64 {
@@ -90,17 +93,29 @@ pub(crate) fn next_window(word: &AtomicU64, i: usize) -> usize {
     1 << Residency::unpack(word.load(Relaxed)).next_window_log(i)
 }
 
+/// Notes that somebody had the block leave as one huge page.
+pub(crate) fn left_whole(word: &AtomicU64) {
+    let r = Residency::unpack(word.load(Relaxed));
+    word.store(Residency { whole: true, ..r }.pack(), Relaxed);
+}
+
 /// The pages that come home together when page `i` is touched, given which pages are away.
 ///
 /// Starts with the aligned 64 KiB around it. Doubles each time a touch falls just behind the last window, as a
 /// sequential reader's do, and halves each time one falls elsewhere in the block: what comes along with a random access
 /// has to leave again, and pushes out something better.
+///
+/// A huge page that left as one comes home as one.
 pub(crate) fn fault_window(word: &AtomicU64, i: usize, is_away: impl Fn(usize) -> bool) -> PageSet {
     let mut r = Residency::unpack(word.load(Relaxed));
-    r.window_log = r.next_window_log(i);
-    let pages = 1usize << r.window_log;
-    let first = i & !(pages.min(FAULT_AROUND_FIRST) - 1);
-    let end = (first + pages).min(BLOCK_PAGES);
+    let (first, end) = if std::mem::take(&mut r.whole) {
+        (0, BLOCK_PAGES)
+    } else {
+        r.window_log = r.next_window_log(i);
+        let pages = 1usize << r.window_log;
+        let first = i & !(pages.min(FAULT_AROUND_FIRST) - 1);
+        (first, (first + pages).min(BLOCK_PAGES))
+    };
     r.next = end as u64;
     word.store(r.pack(), Relaxed);
     let mut window: PageSet = (first..end).filter(|&n| is_away(n)).collect();
@@ -155,6 +170,16 @@ mod tests {
         let sizes: Vec<usize> =
             [300, 40, 500, 7, 222, 111].into_iter().map(|i| fault_window(&word, i, |_| true).count()).collect();
         assert_eq!(sizes, [16, 8, 4, 2, 1, 1]);
+    }
+
+    #[test]
+    fn what_left_whole_comes_home_whole_once() {
+        let word = AtomicU64::new(0);
+        left_whole(&word);
+        came_home(&word, 5, 1);
+        assert_eq!(fault_window(&word, 300, |_| true).count(), BLOCK_PAGES);
+        assert_eq!(fault_window(&word, 300, |_| true).count(), 1);
+        assert!(!may_leave(&word, 6));
     }
 
     #[test]
