@@ -85,6 +85,8 @@ pub(crate) enum Request {
     EngineThread,
     /// Start one more thread of the engine: only those that one of its own makes have its files.
     Spawn { threads: Threads, role: Role },
+    /// As [`Request::Spawn`], for a thread of the caller's.
+    SpawnGuest { threads: Threads, name: &'static str, entry: fn(usize), arg: usize },
     /// Bring everything home and unregister all memory.
     Close,
 }

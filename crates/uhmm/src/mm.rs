@@ -40,6 +40,7 @@ use crate::{
     linux::LinuxMm,
     migrate::{Holes, OtherDevices, PageOutcome, Plan, ResidencyRule},
     mirror::{DeviceFaultPolicy, FaultError},
+    os::Os as _,
     range::{Detail, PageReport},
     trace::{STATS_WORDS, Stats, Why},
 };
@@ -54,6 +55,15 @@ pub enum Threads {
     /// the address space; that one should hold the files of the devices to come, and none of the program's (see
     /// [`uhmm_sys::files::own_files`]). Devices must get by with plain system calls.
     Hidden,
+}
+
+impl Threads {
+    pub(crate) const fn kind(self) -> thread::Kind {
+        match self {
+            Self::Ordinary => thread::Kind::Pthread,
+            Self::Hidden => thread::Kind::Raw,
+        }
+    }
 }
 
 /// How to set an address space up.
@@ -361,6 +371,8 @@ impl Mm {
     /// Where the page of `addr` is, since when and why.
     #[must_use]
     pub fn residency(&self, addr: VirtAddr) -> Residency {
+        // As for what is asked of the engine.
+        self.core.gate.wait_open();
         let Some(block) = self.core.blocks.find(addr) else {
             return Residency { at: Location::Cpu, for_ms: None, why: Why::Untouched };
         };
@@ -497,6 +509,22 @@ impl Mm {
         }
     }
 
+    /// Starts a thread beside the engine's own: with its files and like them made, so that it can do without the program's
+    /// memory. It runs `entry(arg)` and ends by itself, or with the process.
+    ///
+    /// `name` is cut off after 15 bytes.
+    ///
+    /// # Errors
+    /// `EAGAIN`: too many threads. `ENOMEM`: no memory for its stack.
+    pub fn spawn(&self, name: &'static str, entry: fn(usize), arg: usize) -> Result<(), Errno> {
+        let threads = lock(&process().current).threads;
+        match self.core.call(Request::SpawnGuest { threads, name, entry, arg }, |_, reply| reply) {
+            Reply::Done => Ok(()),
+            Reply::Failed(errno) => Err(errno),
+            reply => unreachable!("{reply:?} is no answer to starting a thread"),
+        }
+    }
+
     /// From now on pages that were the program's are given back to the kernel after they moved, never filled with
     /// other bytes: for programs that let the kernel refer to their pages (`vmsplice`, `MSG_ZEROCOPY`).
     pub fn never_recycle(&self) {
@@ -509,10 +537,16 @@ impl Mm {
         self.core.stats
     }
 
+    /// Whether a device of [`MemoryKind::Coherent`](crate::device::MemoryKind) is one here: elsewhere its memory is used like
+    /// private memory.
+    #[must_use]
+    pub fn has_coherent_memory(&self) -> bool {
+        self.core.os.has_move()
+    }
+
     /// Whether faults of system calls are served (see `uhmm doctor`).
     #[must_use]
     pub fn serves_kernel_faults(&self) -> bool {
-        use crate::os::Os as _;
         self.core.os.serves_kernel_faults()
     }
 
@@ -912,13 +946,8 @@ const _: () = assert!(MAX_HANDLERS + 8 < crate::thread::MAX_THREADS);
 const ARENA_BYTES: u64 = 64 << 30;
 
 pub(crate) fn spawn(threads: Threads, role: Role, cpu: Option<usize>) -> Result<(), Errno> {
-    let (kind, name) = match (threads, role) {
-        (Threads::Ordinary, Role::Handler) => (thread::Kind::Pthread, "uhmm-fault"),
-        (Threads::Ordinary, _) => (thread::Kind::Pthread, "uhmm-move"),
-        (Threads::Hidden, Role::Handler) => (thread::Kind::Raw, "uhmm-fault"),
-        (Threads::Hidden, _) => (thread::Kind::Raw, "uhmm-move"),
-    };
-    thread::spawn(kind, name, cpu, thread_main, role.arg()).map(drop)
+    let name = if matches!(role, Role::Handler) { "uhmm-fault" } else { "uhmm-move" };
+    thread::spawn(threads.kind(), name, cpu, thread_main, role.arg()).map(drop)
 }
 
 fn thread_main(arg: usize) {

@@ -6,6 +6,7 @@ use std::{
 };
 
 use uhmm_sys::{
+    Errno,
     addr::{BLOCK_PAGES, PageRange, TASK_SIZE, VirtAddr},
     arena,
     maps::{Prot, Vma},
@@ -34,8 +35,15 @@ const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
 /// How long the end of the last use waits to unregister memory while some thread is changing its address space.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 
+/// What is answered where there is nothing to say.
+fn done(result: Result<(), Errno>) -> Reply {
+    result.map_or_else(Reply::Failed, |()| Reply::Done)
+}
+
 impl<O: Os> Core<O> {
     pub(crate) fn execute(&'static self, ctx: &mut Ctx, job: &Job, request: Request) -> Reply {
+        // Who asks may have changed its address space just now, and gone on when that was read.
+        self.gate.wait_open();
         match request {
             Request::Migrate { range, plan } => {
                 self.refresh_excluded(ctx);
@@ -127,10 +135,10 @@ impl<O: Os> Core<O> {
                 self.sweep();
                 Reply::Thread(uhmm_sys::thread::gettid())
             }
-            Request::Spawn { threads, role } => match crate::mm::spawn(threads, role, None) {
-                Ok(()) => Reply::Done,
-                Err(errno) => Reply::Failed(errno),
-            },
+            Request::Spawn { threads, role } => done(crate::mm::spawn(threads, role, None)),
+            Request::SpawnGuest { threads, name, entry, arg } => {
+                done(uhmm_sys::thread::spawn(threads.kind(), name, None, entry, arg).map(drop))
+            }
             Request::Close => Reply::Left(self.close(ctx)),
         }
     }

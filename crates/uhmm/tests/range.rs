@@ -233,6 +233,29 @@ fn a_page_that_was_touched_is_not_reported_on_the_device() {
 }
 
 #[test]
+fn pages_that_were_dropped_are_not_reported_on_the_device() {
+    isolated!(|| {
+        let mm = open()?;
+        let mirror = Watcher::register(&mm, 1024);
+        for via in [Via::Libc, Via::Raw] {
+            for _ in 0..20 {
+                let area = Area::filled(Shape::Small, 1, 1);
+                send(&mirror, &area);
+                for n in (0..512).step_by(8) {
+                    let page = PageRange::new(virt(area.page(n)), PAGE as u64).unwrap();
+                    assert_eq!(via.madvise(area.page(n), PAGE, libc::MADV_DONTNEED), 0);
+                    let report = mirror.snapshot(page).unwrap()[0];
+                    assert!(report.local_frame().is_none(), "{via:?}: {report:?}");
+                    assert_eq!(mm.residency(virt(area.page(n))).at, Location::Cpu);
+                }
+                area.unmap();
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn pages_on_their_way_home_get_no_translation() {
     isolated!(|| {
         let mm = open()?;
