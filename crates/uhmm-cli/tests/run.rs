@@ -873,3 +873,44 @@ fn a_process_that_cannot_be_managed_says_so_and_runs_on() {
     let done = damaged("1");
     assert_eq!((done.code(), done.text()), (125, ""), "{}", done.err);
 }
+
+// Nodes of the kernel's HMM test device.
+
+/// The program, with the library and nothing else.
+fn preloaded(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.env("LD_PRELOAD", library()).env_remove("UHMM_PRELOAD");
+    command
+}
+
+/// Whether a device can know what is written without a fault.
+fn frames_are_shown() -> &'static str {
+    if fs::File::open("/proc/kpageflags").is_ok() { "frames" } else { "blind" }
+}
+
+#[test]
+fn nodes_answer_as_the_kernels_do() {
+    let dir = Dir::new("nodes");
+    let program = dir.program("nodes");
+    if !moves() {
+        return;
+    }
+    for kind in ["private", "coherent"] {
+        let done = run(preloaded(&program).args([kind, frames_are_shown()]));
+        assert_eq!(done.code(), 0, "{kind}: {}{}", done.text(), done.err);
+        done.text().lines().filter(|line| line.starts_with("skip")).for_each(|line| println!("{line}"));
+    }
+}
+
+#[test]
+fn a_node_of_the_kernels_own_is_not_replaced_and_none_is_there_without_the_library() {
+    let dir = Dir::new("no-nodes");
+    let program = dir.program("nodes");
+    if Path::new("/dev/hmm_dmirror0").exists() {
+        println!("skipped: the kernel has nodes");
+        return;
+    }
+    let done = run(Command::new(program).args(["private", "blind"]));
+    assert_eq!(done.code(), 1);
+    assert!(done.err.contains("nodes[0] >= 0"), "{}", done.err);
+}

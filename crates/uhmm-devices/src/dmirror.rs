@@ -2,10 +2,12 @@
 //!
 //! The kernel tests its own HMM through nodes `/dev/hmm_dmirrorN`, each a small device whose commands read, write, migrate and
 //! look at the memory of the process that opened it. [`Dmirror`] carries these commands out in user space, by the engine and
-//! a software device like any other. Nothing puts nodes in front of it yet.
+//! a software device like any other. The preload library puts nodes in front of it.
 //!
 //! ```text
-//!                         Cmd --> Dmirror::execute
+//!       ioctl number, address --> Dmirror::ioctl
+//!                                    | Cmd
+//!                                 Dmirror::execute
 //!                                    |        |
 //!    Mirror: migrate, snapshot, exclusive    Lane: loads and stores
 //! ```
@@ -27,6 +29,7 @@ use std::sync::atomic::{
 
 use uhmm::{
     Detail, DeviceFaultPolicy, FaultError, MigrateOptions, Mirror, PageOutcome, PageReport,
+    device::{Device as _, MemoryKind},
     device_table::{Access, BLOCK_ORDER},
 };
 use uhmm_sys::{
@@ -79,9 +82,9 @@ impl Request {
 
     /// The request behind an `ioctl` number.
     #[must_use]
-    pub fn from_ioctl(number: u64) -> Option<Self> {
+    pub fn from_ioctl(number: u32) -> Option<Self> {
         /// `_IOWR('H', 0, struct hmm_dmirror_cmd)`.
-        const FIRST: u64 = 0xc028_4800;
+        const FIRST: u32 = 0xc028_4800;
         Self::ALL.get(usize::try_from(number.checked_sub(FIRST)?).ok()?).copied()
     }
 }
@@ -175,6 +178,8 @@ impl Flags {
 pub struct Dmirror {
     mirror: Mirror<SoftDevice>,
     maps: Maps,
+    /// What the snapshot of a page of its own says.
+    local: u8,
 }
 
 impl Dmirror {
@@ -183,13 +188,29 @@ impl Dmirror {
     /// # Errors
     /// Whatever opening the process's memory map answers.
     pub fn new(mirror: Mirror<SoftDevice>) -> Result<Self, Errno> {
-        Ok(Self { mirror, maps: Maps::open()? })
+        let is_coherent = mirror.device().memory().kind == MemoryKind::Coherent && mirror.mm().has_coherent_memory();
+        Ok(Self { mirror, maps: Maps::open()?, local: if is_coherent { COHERENT_LOCAL } else { PRIVATE_LOCAL } })
     }
 
     /// The node's device.
     #[must_use]
     pub const fn mirror(&self) -> &Mirror<SoftDevice> {
         &self.mirror
+    }
+
+    /// Does what `ioctl(2)` with this number and argument is to do for an open file with these flags.
+    ///
+    /// # Errors
+    /// As [`Dmirror::execute`]. `EFAULT`: the argument leads nowhere.
+    ///
+    /// # Locking
+    /// As [`Dmirror::execute`].
+    pub fn ioctl(&self, lane: &mut Lane, flags: &Flags, number: u32, argument: u64) -> Result<(), Errno> {
+        let mut bytes = [0; Cmd::BYTES];
+        self.fetch(argument, &mut bytes)?;
+        let mut cmd = Cmd::from_bytes(bytes);
+        self.execute(lane, flags, Request::from_ioctl(number), &mut cmd)?;
+        self.deliver(argument, &cmd.to_bytes())
     }
 
     /// Carries a command out, with what `cmd` says, and leaves there what it tells. `lane` is one of this node's device, and
@@ -232,10 +253,10 @@ impl Dmirror {
         Ok(())
     }
 
-    /// Brings everything home and forgets all translations: the last open file is closed.
-    pub fn close(&self) {
+    /// An open file is closed: everything comes home. With the last one all translations go.
+    pub fn close(&self, is_last: bool) {
         let _ = self.release();
-        if let Some(port) = self.mirror.port() {
+        if is_last && let Some(port) = self.mirror.port() {
             port.forget();
         }
     }
@@ -471,9 +492,8 @@ impl Dmirror {
             return NONE;
         }
         let place = match report.coherent_device() {
-            Some(device) if device == self.mirror.id() => COHERENT_LOCAL,
+            _ if report.local_frame().is_some() => self.local,
             Some(_) => COHERENT_REMOTE,
-            None if report.local_frame().is_some() => PRIVATE_LOCAL,
             None if report.is_zero_page() => ZERO,
             None => 0,
         };
@@ -585,7 +605,7 @@ mod tests {
         assert_eq!(Request::from_ioctl(0xc028_4800), Some(Request::Read));
         assert_eq!(Request::from_ioctl(0xc028_4802), Some(Request::MigrateToDevice));
         assert_eq!(Request::from_ioctl(0xc028_4809), Some(Request::ReadUnlocked));
-        for other in [0, 0xc028_47ff, 0xc028_480a, 0x8028_4800, 0x1_c028_4800] {
+        for other in [0, 0xc028_47ff, 0xc028_480a, 0x8028_4800] {
             assert_eq!(Request::from_ioctl(other), None);
         }
     }

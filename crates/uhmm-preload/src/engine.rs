@@ -25,7 +25,7 @@ use uhmm::{
     fork,
     linux::LinuxMm,
     mm::{Setup, Threads},
-    session::{self, ARENA_BYTES, DeviceSpec, EXIT_FAILED, LimitShift, Session, address_space},
+    session::{self, ARENA_BYTES, DeviceSpec, EXIT_FAILED, LimitShift, NODE_BYTES, Session, address_space},
     stress::StressHooks,
     trace::{Counter, Stats},
 };
@@ -41,7 +41,7 @@ use uhmm_sys::{
 };
 
 use crate::{
-    Environment, atfork, limits,
+    Environment, atfork, limits, nodes,
     say::{Files, report_panics, say},
     turn,
 };
@@ -67,7 +67,14 @@ struct Orders {
     stats: Option<Stats>,
 }
 
-/// Set once, in the constructor, and only where something is to move.
+impl Orders {
+    /// Whether memory moves by itself. Otherwise it does by order of a node's commands only.
+    const fn move_memory(&self) -> bool {
+        self.resident.is_some() || self.stress.is_some()
+    }
+}
+
+/// Set once: in the constructor where something is to move, and when a node is opened first.
 static ORDERS: OnceLock<Orders> = OnceLock::new();
 /// Whether failures end the process.
 static STRICT: AtomicBool = AtomicBool::new(false);
@@ -77,6 +84,9 @@ static LENDS_PAGES: AtomicBool = AtomicBool::new(false);
 static RUNNING: AtomicPtr<Running> = AtomicPtr::new(std::ptr::null_mut());
 /// Whether there is nothing to wait for: the engine runs, or there is none. Threads sleep on it.
 static SETTLED: AtomicU32 = AtomicU32::new(0);
+
+/// Whether the thread was made that starts the engine.
+static SCHEDULED: AtomicBool = AtomicBool::new(false);
 
 /// An engine that runs.
 struct Running {
@@ -96,36 +106,64 @@ pub(crate) fn start(environment: &Environment) {
     if let Err(errno) = arena::init(ARENA_BYTES) {
         return fail(Files::Program, format_args!("no address space for the engine: {errno}; see ulimit -v"));
     }
-    match read_orders(environment) {
-        Ok(orders) => {
-            limits::shift_by(LimitShift::for_devices(&orders.devices));
-            if let Err(errno) = space::reserve(address_space(&orders.devices)) {
-                return fail(Files::Program, format_args!("no address space for the devices: {errno}; see ulimit -v"));
-            }
-            let _ = ORDERS.set(orders);
-        }
-        Err(why) => return fail(Files::Program, format_args!("{why}")),
+    match read_orders(environment).and_then(prepare) {
+        Ok(()) => schedule(),
+        Err(why) => fail(Files::Program, format_args!("{why}")),
     }
+}
+
+/// The engine of this process, which is started now if it was not, for a program that opens a node.
+///
+/// # Errors
+/// `ENODEV`: it does not start. The user has been told why.
+///
+/// # Locking
+/// As [`schedule`]; one thread at a time.
+pub(crate) fn ensure() -> Result<&'static Mm, Errno> {
+    if !is_ordered() {
+        // See `start`; to open a node is the first that this process has of uhmm.
+        let prepared = arena::init(ARENA_BYTES).map_err(|errno| format!("no address space for the engine: {errno}"));
+        let orders = Orders { devices: Vec::new(), resident: None, stress: None, from_start: true, stats: None };
+        if let Err(why) = prepared.and_then(|_| prepare(orders)) {
+            fail(Files::Program, format_args!("{why}"));
+            return Err(Errno::NODEV);
+        }
+    }
+    if !SCHEDULED.load(Acquire) {
+        schedule();
+    }
+    if SCHEDULED.load(Acquire) {
+        wait_until_settled();
+    }
+    running().filter(|running| running.pid == std::process::id()).map(|running| &running.mm).ok_or(Errno::NODEV)
+}
+
+/// Prepares this process for an engine that does as ordered.
+fn prepare(orders: Orders) -> Result<(), String> {
+    limits::shift_by(LimitShift::for_devices(&orders.devices));
+    let space = space::reserve(address_space(&orders.devices) + NODE_BYTES);
+    space.map_err(|errno| format!("no address space for the devices: {errno}; see ulimit -v"))?;
+    let _ = ORDERS.set(orders);
     report_panics();
     // Here, where the process has one thread: with more the kernel takes tens of milliseconds for it, or seconds under load.
     fence::register_membarrier();
     // Here, where no other thread can fork meanwhile: the first call takes a lock of the dynamic linker's.
     exclude::engine_statics(&mut |_| ());
     if !atfork::register_ours() {
-        return fail(Files::Program, format_args!("forks cannot be followed"));
+        return Err("forks cannot be followed".to_owned());
     }
     fork::after_fork_in_child(in_child);
     if !LinuxMm::can_open()
         && let Err(errno) = dispatch::enable()
     {
         let why = match errno {
-            Errno::BUSY => "a library has started threads already",
+            Errno::BUSY => "it has threads already",
             Errno::INVAL => "that needs Linux 5.11, see uhmm doctor",
             _ => "there is no memory for it",
         };
-        return fail(Files::Program, format_args!("its system calls cannot be watched ({errno}): {why}"));
+        return Err(format!("its system calls cannot be watched ({errno}): {why}"));
     }
-    schedule();
+    Ok(())
 }
 
 fn read_orders(environment: &Environment) -> Result<Orders, String> {
@@ -174,9 +212,13 @@ fn schedule() {
     if let Err(errno) = thread::spawn(thread::Kind::Raw, "uhmm-start", None, starter, 0) {
         return fail(Files::Program, format_args!("no thread to start with: {errno}"));
     }
-    if !ORDERS.get().is_some_and(|orders| orders.from_start) {
-        return;
+    SCHEDULED.store(true, Release);
+    if ORDERS.get().is_some_and(|orders| orders.from_start) {
+        wait_until_settled();
     }
+}
+
+fn wait_until_settled() {
     if !is_settled_in_time() {
         fail(Files::Program, format_args!("its engine does not start within {START_PATIENCE:?}"));
     }
@@ -201,11 +243,16 @@ fn in_child() {
     RUNNING.store(std::ptr::null_mut(), Release);
     dispatch::reset_in_child();
     turn::reset_in_child();
+    nodes::reset_in_child();
     SETTLED.store(0, Release);
-    if !Mm::is_set_up() {
+    SCHEDULED.store(false, Release);
+    let took_over = Mm::is_set_up();
+    if !took_over {
         space::reuse_in_child();
     }
-    schedule();
+    if took_over || ORDERS.get().is_some_and(Orders::move_memory) {
+        schedule();
+    }
 }
 
 fn starter(_: usize) {

@@ -13,6 +13,8 @@
 //!
 //! Calls that map or unmap take turns (see [`crate::turn`]).
 //!
+//! - a descriptor that is a node's (see [`crate::nodes`]) answers as one.
+//!
 //! All of this is for processes with an engine. In others a call costs one load more than before.
 //!
 //! # Signals
@@ -24,6 +26,7 @@
 use std::{
     arch::naked_asm,
     ffi::{c_int, c_long, c_uint, c_ulong, c_void},
+    os::fd::AsRawFd,
     ptr::with_exposed_provenance_mut,
 };
 
@@ -36,7 +39,7 @@ use uhmm::{
 use uhmm_sys::{access, dispatch};
 
 use crate::{
-    engine, locked, next,
+    engine, locked, next, nodes,
     pieces::{self, Remap},
     turn::turn,
 };
@@ -73,7 +76,7 @@ pub(crate) fn set_errno(errno: c_int) {
 }
 
 /// Does something of ours, which the program must not see in `errno`.
-fn unseen(f: impl FnOnce()) {
+pub(crate) fn unseen(f: impl FnOnce()) {
     let before = errno();
     f();
     set_errno(before);
@@ -219,11 +222,37 @@ unsafe extern "C" fn mmap(
     if flags & libc::MAP_FIXED != 0 {
         invalidate(start, len, Cause::Unmap);
     }
-    call_next!(
-        next::MMAP,
-        libc::MAP_FAILED,
-        fn(start: *mut c_void, len: size_t, prot: c_int, flags: c_int, fd: c_int, offset: off_t) -> *mut c_void
-    )
+    let call = |fd: c_int| {
+        call_next!(
+            next::MMAP,
+            libc::MAP_FAILED,
+            fn(start: *mut c_void, len: size_t, prot: c_int, flags: c_int, fd: c_int, offset: off_t) -> *mut c_void
+        )
+    };
+    let memory = if flags & libc::MAP_ANONYMOUS == 0 && nodes::any() {
+        nodes::memory(fd, len as u64, offset.cast_unsigned())
+    } else {
+        None
+    };
+    match memory {
+        None => call(fd),
+        Some(Ok(memory)) => {
+            let at = call(memory.as_raw_fd());
+            if at != libc::MAP_FAILED
+                && let Ok(range) = PageRange::covering(VirtAddr::of(at), len as u64)
+            {
+                // As a driver fills what it maps. Without access to it nothing need be there.
+                unseen(|| {
+                    let _ = access::populate_read(range);
+                });
+            }
+            at
+        }
+        Some(Err(errno)) => {
+            set_errno(errno.raw_os_error());
+            libc::MAP_FAILED
+        }
+    }
 }
 
 /// # Safety
@@ -344,6 +373,19 @@ fn registered_range(argument: *const c_void) -> Option<PageRange> {
 unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int {
     /// How often the engine may take the range again before the call gives up.
     const TRIES: u32 = 64;
+    if nodes::any()
+        // The kernel looks at as much of it.
+        && let Ok(number) = u32::try_from(request & u64::from(u32::MAX))
+        && let Some(answer) = nodes::ioctl(fd, number, VirtAddr::of(argument).get())
+    {
+        return match answer {
+            Ok(()) => 0,
+            Err(errno) => {
+                set_errno(errno.raw_os_error());
+                -1
+            }
+        };
+    }
     let taken = (request == UFFDIO_REGISTER && engine::is_running()).then(|| registered_range(argument)).flatten();
     if let Some(range) = taken {
         for _ in 1..TRIES {

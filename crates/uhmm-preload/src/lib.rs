@@ -3,7 +3,8 @@
 //! The preload library: puts a program that nobody prepared under uhmm.
 //!
 //! `uhmm run` names it in `LD_PRELOAD` and leaves its orders in the environment (see [`uhmm::session`]). Where nothing is to
-//! move, the library reads the environment and does nothing more. Otherwise a hidden thread starts an engine a little
+//! move, the library reads the environment and does nothing more, until the program opens a node of the kernel's HMM test
+//! device (see [`nodes`]): for that the library may also be preloaded by hand. Otherwise a hidden thread starts an engine a little
 //! after the program began, so that programs which end at once do not pay for one:
 //!
 //! ```text
@@ -17,10 +18,12 @@
 //! ```
 //!
 //! - [`atfork`][]: being first after a fork.
+//! - [`descriptors`][]: functions of the C library that open and close nodes.
 //! - [`engine`][]: orders, and the engine of this process.
 //! - [`interpose`][]: functions of the C library that this library stands in front of.
 //! - [`limits`][]: limits of address space, as the program is to see them.
 //! - [`locked`][]: all memory of the program locked, and not the engine's.
+//! - [`nodes`][]: the nodes of the kernel's HMM test device.
 //! - [`pieces`][]: `mremap` of mappings that registration has split.
 //! - [`say`][]: messages.
 //! - [`turn`][]: changes of mappings, one after the other.
@@ -38,11 +41,13 @@
 
 #[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
 mod atfork;
+mod descriptors;
 mod engine;
 mod interpose;
 mod limits;
 mod locked;
 mod next;
+mod nodes;
 mod pieces;
 mod say;
 mod turn;

@@ -17,50 +17,67 @@ use uhmm_sys::{futex, thread};
 
 use crate::engine;
 
-/// The thread whose turn it is, or 0.
-static OWNER: AtomicU32 = AtomicU32::new(0);
-/// Threads that wait.
-static WAITING: AtomicU32 = AtomicU32::new(0);
+/// For changes of mappings.
+static CHANGES: Turns = Turns::new();
 
-/// A turn; ends when dropped.
-pub(crate) struct Turn {
-    ends: bool,
+/// Something that one thread does at a time.
+pub(crate) struct Turns {
+    /// The thread whose turn it is, or 0.
+    owner: AtomicU32,
+    /// Threads that wait.
+    waiting: AtomicU32,
 }
 
-/// Waits for the calling thread's turn, in a process that has an engine or is about to.
-pub(crate) fn turn() -> Turn {
-    if !engine::is_ordered() {
-        return Turn { ends: false };
+impl Turns {
+    pub(crate) const fn new() -> Self {
+        Self { owner: AtomicU32::new(0), waiting: AtomicU32::new(0) }
     }
-    let own = thread::gettid();
-    if OWNER.load(Relaxed) == own {
-        return Turn { ends: false };
-    }
-    loop {
-        match OWNER.compare_exchange(0, own, Acquire, Relaxed) {
-            Ok(_) => return Turn { ends: true },
-            Err(owner) => {
-                // Either the owner sees that somebody waits, or the wait sees that the owner has changed.
-                WAITING.fetch_add(1, SeqCst);
-                let _ = futex::wait(&OWNER, owner, None);
-                WAITING.fetch_sub(1, SeqCst);
+
+    /// Waits for the calling thread's turn.
+    pub(crate) fn wait(&self) -> Turn<'_> {
+        let own = thread::gettid();
+        if self.owner.load(Relaxed) == own {
+            return Turn(None);
+        }
+        loop {
+            match self.owner.compare_exchange(0, own, Acquire, Relaxed) {
+                Ok(_) => return Turn(Some(self)),
+                Err(owner) => {
+                    // Either the owner sees that somebody waits, or the wait sees that the owner has changed.
+                    self.waiting.fetch_add(1, SeqCst);
+                    let _ = futex::wait(&self.owner, owner, None);
+                    self.waiting.fetch_sub(1, SeqCst);
+                }
             }
         }
     }
+
+    /// In a forked child, where the thread whose turn it was may not exist.
+    pub(crate) fn reset_in_child(&self) {
+        self.owner.store(0, Relaxed);
+        self.waiting.store(0, Relaxed);
+    }
 }
 
-/// In a forked child, where the thread whose turn it was may not exist.
+/// A turn; ends when dropped, if it is not a part of one.
+pub(crate) struct Turn<'a>(Option<&'a Turns>);
+
+/// Waits for the calling thread's turn to change mappings, in a process that has an engine or is about to.
+pub(crate) fn turn() -> Turn<'static> {
+    if engine::is_ordered() { CHANGES.wait() } else { Turn(None) }
+}
+
+/// In a forked child: see [`Turns::reset_in_child`].
 pub(crate) fn reset_in_child() {
-    OWNER.store(0, Relaxed);
-    WAITING.store(0, Relaxed);
+    CHANGES.reset_in_child();
 }
 
-impl Drop for Turn {
+impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        if self.ends {
-            OWNER.store(0, SeqCst);
-            if WAITING.load(SeqCst) != 0 {
-                futex::wake(&OWNER, 1);
+        if let Some(turns) = self.0 {
+            turns.owner.store(0, SeqCst);
+            if turns.waiting.load(SeqCst) != 0 {
+                futex::wake(&turns.owner, 1);
             }
         }
     }

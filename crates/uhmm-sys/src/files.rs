@@ -75,8 +75,7 @@ impl EngineFile {
     /// # Kernel
     /// `/proc/self/task/TID/fd/N`, see `proc(5)`.
     pub fn hand_over(&self, engine_thread: u32) -> Result<(), Errno> {
-        let path = Path::of(engine_thread, self.number.load(Acquire));
-        let handed = raw::open(path.as_c_str(), libc::O_RDWR)?;
+        let handed = open_of(engine_thread, self.number.load(Acquire))?;
         self.handed.store(handed.into_raw_fd(), Release);
         Ok(())
     }
@@ -90,7 +89,7 @@ impl EngineFile {
     /// # Kernel
     /// `F_OFD_SETLK`, see `fcntl(2)`. No byte need be there.
     pub fn claim(&self, at: u64) -> Result<(), Errno> {
-        record_lock(self.as_fd(), libc::F_OFD_SETLK, at).map(drop)
+        claim(self, at)
     }
 
     /// As [`EngineFile::claim`], for the child that is about to be forked: what was handed over has the claim.
@@ -103,7 +102,7 @@ impl EngineFile {
             return Err(Errno::BADF);
         }
         // SAFETY: opened by `hand_over` in this table, and closed by `end_fork` on this thread.
-        record_lock(unsafe { BorrowedFd::borrow_raw(handed) }, libc::F_OFD_SETLK, at).map(drop)
+        claim(unsafe { BorrowedFd::borrow_raw(handed) }, at)
     }
 
     /// Whether another has a claim to byte `at`, and lives. For threads with the engine's table.
@@ -114,7 +113,7 @@ impl EngineFile {
     /// # Kernel
     /// `F_OFD_GETLK`, see `fcntl(2)`.
     pub fn is_claimed(&self, at: u64) -> Result<bool, Errno> {
-        record_lock(self.as_fd(), libc::F_OFD_GETLK, at).map(|lock| i32::from(lock.l_type) != libc::F_UNLCK)
+        is_claimed(self, at)
     }
 
     /// In the child, where the calling thread's table holds what was handed over: uses that from now on.
@@ -142,6 +141,21 @@ impl AsFd for EngineFile {
         // SAFETY: open in the engine's table by the type's invariant, and never closed there.
         unsafe { BorrowedFd::borrow_raw(self.number.load(Acquire)) }
     }
+}
+
+/// Opens once more, in the calling thread's table, what another thread of this process has as `number`.
+pub(crate) fn open_of(thread: u32, number: RawFd) -> Result<OwnedFd, Errno> {
+    raw::open(Path::of(thread, number).as_c_str(), libc::O_RDWR)
+}
+
+/// Takes an exclusive lock of byte `at` for the open file description of `file`.
+pub(crate) fn claim(file: impl AsFd, at: u64) -> Result<(), Errno> {
+    record_lock(file.as_fd(), libc::F_OFD_SETLK, at).map(drop)
+}
+
+/// Whether another description of the same file has a lock of byte `at`.
+pub(crate) fn is_claimed(file: impl AsFd, at: u64) -> Result<bool, Errno> {
+    record_lock(file.as_fd(), libc::F_OFD_GETLK, at).map(|lock| i32::from(lock.l_type) != libc::F_UNLCK)
 }
 
 /// Asks for an exclusive lock of byte `at`, and returns what the kernel says of it.

@@ -44,6 +44,7 @@ pub mod signal;
 pub mod space;
 pub mod thread;
 mod tls;
+pub mod token;
 pub mod uffd;
 
 pub use rustix::io::Errno;

@@ -57,7 +57,11 @@ impl Residency {
     }
 
     fn pack(self) -> u64 {
-        (self.home_ms & ((1 << 40) - 1)) | self.doublings << 40 | self.window_log << 44 | self.next << 48 | u64::from(self.whole) << 58
+        (self.home_ms & ((1 << 40) - 1))
+            | self.doublings << 40
+            | self.window_log << 44
+            | self.next << 48
+            | u64::from(self.whole) << 58
     }
 
     fn minimum_ms(self) -> u64 {

@@ -265,8 +265,11 @@ const LIMIT_MARK: u64 = 677;
 /// Address space for the engine's own memory in a process that was not made for it. A forked child's engine takes what its
 /// parent's left, some 1.3 GiB each, so this bounds how many forks deep a process can be managed.
 pub const ARENA_BYTES: u64 = 64 << 30;
-/// What the engine reserves besides what its devices need: the arena, and a little.
-const ENGINE_BYTES: u64 = ARENA_BYTES + (64 << 20);
+/// Address space for the nodes of the kernel's HMM test device, should the program open them: two devices of 4 GiB, and the
+/// books of all four.
+pub const NODE_BYTES: u64 = 2 * (4 << 30) + (128 << 20);
+/// What the engine reserves besides what its devices need: the arena, the nodes, and a little.
+const ENGINE_BYTES: u64 = ARENA_BYTES + NODE_BYTES + (64 << 20);
 /// No limit.
 const UNLIMITED: u64 = u64::MAX;
 
@@ -369,7 +372,7 @@ mod tests {
         assert_eq!(shift.unshift(u64::MAX), u64::MAX);
         assert_eq!(shift.shift(u64::MAX - 2048), u64::MAX);
         let file = LimitShift::for_devices(&["soft:64G,file=/x".parse().unwrap()]);
-        assert!(file.shift(0) < ARENA_BYTES + (2 << 30), "what is in a file is not mapped");
+        assert!(file.shift(0) < ENGINE_BYTES + (2 << 30), "what is in a file is not mapped");
     }
 
     #[test]
