@@ -32,13 +32,7 @@ pub fn ensure() -> Vec<&'static str> {
         return wanted;
     }
     if process::is_root() && process::on_path("apt-get") {
-        println!("installing with apt-get: {}", wanted.join(" "));
-        let _quiet = NoServices::hold();
-        if !apt_get(&["install", "-y", "--no-install-recommends"], &wanted) {
-            // The list of packages may be old or absent.
-            apt_get(&["update"], &[]);
-            apt_get(&["install", "-y", "--no-install-recommends"], &wanted);
-        }
+        install(&wanted);
     }
     let still = missing();
     if !still.is_empty() {
@@ -46,6 +40,19 @@ pub fn ensure() -> Vec<&'static str> {
         println!("    sudo apt-get install -y --no-install-recommends {}", still.join(" "));
     }
     still
+}
+
+/// Installs Debian packages; says so. Whether it worked.
+pub fn install(packages: &[&str]) -> bool {
+    const INSTALL: &[&str] = &["install", "-y", "--no-install-recommends"];
+    println!("installing with apt-get: {}", packages.join(" "));
+    let _quiet = NoServices::hold();
+    if apt_get(INSTALL, packages) {
+        return true;
+    }
+    // The list of packages may be old or absent.
+    apt_get(&["update"], &[]);
+    apt_get(INSTALL, packages)
 }
 
 fn apt_get(args: &[&str], packages: &[&str]) -> bool {

@@ -62,16 +62,25 @@ fn bounded(mut child: std::process::Child, limit: Duration) -> Result<Outcome> {
 
 /// Kills `pid` and everything that descends from it, leaves last, so that no grandchild is left running unnoticed.
 fn kill_tree(pid: u32) {
-    let mut doomed = vec![pid];
-    let children = children();
-    let mut next = 0;
-    while let Some(parent) = doomed.get(next) {
-        doomed.extend(children.get(parent).into_iter().flatten());
-        next += 1;
-    }
+    let mut doomed = descendants(pid);
+    doomed.insert(0, pid);
     let list: Vec<String> = doomed.iter().rev().map(u32::to_string).collect();
     // The shell's own `kill`, as the command of that name is not installed everywhere. One that is gone already is fine.
     let _ = Command::new("sh").arg("-c").arg(format!("kill -KILL {} 2>/dev/null", list.join(" "))).status();
+}
+
+/// Everything that descends from `pid`, parents before their children.
+pub fn descendants(pid: u32) -> Vec<u32> {
+    let mut found = Vec::new();
+    let by_parent = children();
+    let mut parent = Some(pid);
+    let mut next = 0;
+    while let Some(pid) = parent {
+        found.extend(by_parent.get(&pid).into_iter().flatten());
+        parent = found.get(next).copied();
+        next += 1;
+    }
+    found
 }
 
 /// Every process's children, by the parent's id.
