@@ -1,12 +1,16 @@
 //! The house rules and the test contract as a program: `cargo xtask <command>`.
 #![forbid(unsafe_code)]
 
+mod contained;
 mod demo;
+mod hmm_tests;
+mod kernel_source;
 mod packages;
 mod process;
 mod programs;
 mod suite;
 mod summary;
+mod tap;
 mod temp;
 mod tidy;
 
@@ -36,6 +40,11 @@ enum Command {
     Demo(demo::Options),
     /// Runs real programs under uhmm and compares their results with those without.
     Programs(programs::Options),
+    /// Runs the kernel's own HMM tests on uhmm's device and compares each case with what is expected of it.
+    HmmTests(hmm_tests::Options),
+    /// Runs a program that changes the machine, and changes it back.
+    #[command(hide = true)]
+    Contained(contained::Options),
     /// What continuous integration calls: the same as `test`.
     Ci(suite::Options),
 }
@@ -46,6 +55,8 @@ fn main() -> ExitCode {
         Command::Test(options) | Command::Ci(options) => suite::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Programs(options) => programs::run(&options),
+        Command::HmmTests(options) => hmm_tests::run(&options),
+        Command::Contained(options) => contained::run(&options),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,
