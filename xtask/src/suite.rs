@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
+    kernel_source::{self, Lookup},
     packages,
     process::{self, Outcome},
     root,
@@ -62,6 +63,7 @@ const STEPS: &[Step] = &[
     Step { name: "tests without UFFDIO_MOVE", applies: |o| o.no_move || !o.quick, run: tests_without_move },
     Step { name: "tests as nobody", applies: full, run: tests_as_nobody },
     Step { name: "real programs", applies: full, run: real_programs },
+    Step { name: "kernel's hmm-tests", applies: full, run: hmm_tests },
     Step { name: "nothing left behind", applies: always, run: nothing_left_behind },
 ];
 
@@ -253,6 +255,27 @@ fn loom(setting: &Setting, log: &Path) -> Result<Verdict> {
 fn real_programs(_: &Setting, log: &Path) -> Result<Verdict> {
     // By way of cargo: this program's own file may have been built anew meanwhile.
     logged(cargo().args(["run", "--quiet", "--package", "xtask", "--", "programs"]), log, minutes(20))
+}
+
+/// `cargo xtask hmm-tests`, with and without `UFFDIO_MOVE`.
+fn hmm_tests(setting: &Setting, log: &Path) -> Result<Verdict> {
+    if let Lookup::Missing(reason) = kernel_source::ensure()? {
+        return Ok(Verdict::Skipped(reason));
+    }
+    let mut worst = Verdict::Ok;
+    for no_move in [false, true] {
+        if setting.options.no_move && !no_move {
+            continue;
+        }
+        let mut command = cargo();
+        command.args(["run", "--quiet", "--package", "xtask", "--", "hmm-tests"]);
+        command.args(no_move.then_some("--no-move"));
+        let verdict = logged(&mut command, log, minutes(20))?;
+        if !matches!(verdict, Verdict::Ok) {
+            worst = verdict;
+        }
+    }
+    Ok(worst)
 }
 
 /// A test binary and the directory that its tests expect to run in.
