@@ -257,19 +257,22 @@ fn real_programs(_: &Setting, log: &Path) -> Result<Verdict> {
     logged(cargo().args(["run", "--quiet", "--package", "xtask", "--", "programs"]), log, minutes(20))
 }
 
-/// `cargo xtask hmm-tests`, with and without `UFFDIO_MOVE`.
+/// `cargo xtask hmm-tests`: as it is, under the witness, and without `UFFDIO_MOVE`; and the controls, which must fail.
 fn hmm_tests(setting: &Setting, log: &Path) -> Result<Verdict> {
     if let Lookup::Missing(reason) = kernel_source::ensure()? {
         return Ok(Verdict::Skipped(reason));
     }
+    let ways: [&[&str]; 5] = [
+        &["--no-move"],
+        &[],
+        &["--witness"],
+        &["--witness", "--control", "null"],
+        &["--witness", "--control", "in_place"],
+    ];
     let mut worst = Verdict::Ok;
-    for no_move in [false, true] {
-        if setting.options.no_move && !no_move {
-            continue;
-        }
+    for way in ways.into_iter().filter(|way| !setting.options.no_move || way.contains(&"--no-move")) {
         let mut command = cargo();
-        command.args(["run", "--quiet", "--package", "xtask", "--", "hmm-tests"]);
-        command.args(no_move.then_some("--no-move"));
+        command.args(["run", "--quiet", "--package", "xtask", "--", "hmm-tests"]).args(way);
         let verdict = logged(&mut command, log, minutes(20))?;
         if !matches!(verdict, Verdict::Ok) {
             worst = verdict;

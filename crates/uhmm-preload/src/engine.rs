@@ -24,7 +24,7 @@ use uhmm::{
     device::{Cause, MemoryKind},
     fork,
     linux::LinuxMm,
-    mm::{Setup, Threads},
+    mm::{Changing, Setup, Threads},
     session::{self, ARENA_BYTES, DeviceSpec, EXIT_FAILED, LimitShift, NODE_BYTES, Session, address_space},
     stress::StressHooks,
     trace::{Counter, Stats},
@@ -369,6 +369,21 @@ pub(crate) fn invalidate(start: VirtAddr, len: u64, cause: Cause) {
     if let Ok(range) = PageRange::covering(start, len) {
         running.mm.invalidate(range, cause);
     }
+}
+
+/// As [`invalidate`], and no device comes back before the value that is returned is dropped.
+///
+/// # Locking
+/// As [`invalidate`]. Nothing may be asked of the engine meanwhile: where system calls are caught they may, and there
+/// devices do not wait.
+pub(crate) fn changing(start: VirtAddr, len: u64, cause: Cause) -> Option<Changing> {
+    if dispatch::is_on() {
+        invalidate(start, len, cause);
+        return None;
+    }
+    let running = running().filter(|running| running.mm.is_mirrored() && running.pid == std::process::id())?;
+    let range = PageRange::covering(start, len).ok()?;
+    Some(running.mm.changing(range, cause))
 }
 
 /// Whether this process has an engine, or is about to.

@@ -34,6 +34,7 @@ use libc::{off_t, off64_t, size_t, ssize_t};
 use uhmm::{
     addr::{PAGE_SIZE, PageRange, TASK_SIZE, VirtAddr},
     device::Cause,
+    mm::Changing,
     still::still,
 };
 use uhmm_sys::{access, dispatch};
@@ -86,6 +87,14 @@ fn invalidate(start: *const c_void, len: size_t, cause: Cause) {
     unseen(|| engine::invalidate(VirtAddr::of(start), len as u64, cause));
 }
 
+/// As [`invalidate`], until what is returned is dropped.
+fn changing(start: *const c_void, len: size_t, cause: Cause) -> Option<Changing> {
+    let before = errno();
+    let changing = engine::changing(VirtAddr::of(start), len as u64, cause);
+    set_errno(before);
+    changing
+}
+
 /// Whether an advice takes bytes or access away.
 const fn drops_pages(advice: c_int) -> bool {
     const DONTNEED_LOCKED: c_int = 24;
@@ -98,7 +107,7 @@ const fn drops_pages(advice: c_int) -> bool {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn munmap(start: *mut c_void, len: size_t) -> c_int {
     let _turn = turn();
-    invalidate(start, len, Cause::Unmap);
+    let _changing = changing(start, len, Cause::Unmap);
     call_next!(next::MUNMAP, -1, fn(start: *mut c_void, len: size_t) -> c_int)
 }
 
@@ -184,27 +193,31 @@ unsafe extern "C" fn madvise(start: *mut c_void, len: size_t, advice: c_int) -> 
     still(call)
 }
 
+/// Makes a call that changes what may be done to memory.
+fn protecting(start: *const c_void, len: size_t, call: impl FnOnce() -> c_int) -> c_int {
+    let changing = changing(start, len, Cause::Protect);
+    let answer = call();
+    // A device that did not wait may have come back in between, under the old protection.
+    if !changing.is_some_and(|changing| changing.is_announced()) {
+        invalidate(start, len, Cause::Protect);
+    }
+    answer
+}
+
 /// # Safety
 /// As for `mprotect(2)`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn mprotect(start: *mut c_void, len: size_t, prot: c_int) -> c_int {
-    invalidate(start, len, Cause::Protect);
-    let answer = call_next!(next::MPROTECT, -1, fn(start: *mut c_void, len: size_t, prot: c_int) -> c_int);
-    // A device may have come back in between, under the old protection.
-    invalidate(start, len, Cause::Protect);
-    answer
+    protecting(start, len, || call_next!(next::MPROTECT, -1, fn(start: *mut c_void, len: size_t, prot: c_int) -> c_int))
 }
 
 /// # Safety
 /// As for `pkey_mprotect(2)`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn pkey_mprotect(start: *mut c_void, len: size_t, prot: c_int, key: c_int) -> c_int {
-    invalidate(start, len, Cause::Protect);
-    let answer =
-        call_next!(next::PKEY_MPROTECT, -1, fn(start: *mut c_void, len: size_t, prot: c_int, key: c_int) -> c_int);
-    // As for `mprotect`.
-    invalidate(start, len, Cause::Protect);
-    answer
+    protecting(start, len, || {
+        call_next!(next::PKEY_MPROTECT, -1, fn(start: *mut c_void, len: size_t, prot: c_int, key: c_int) -> c_int)
+    })
 }
 
 /// # Safety
@@ -219,9 +232,7 @@ unsafe extern "C" fn mmap(
     offset: off_t,
 ) -> *mut c_void {
     let _turn = turn();
-    if flags & libc::MAP_FIXED != 0 {
-        invalidate(start, len, Cause::Unmap);
-    }
+    let _changing = if flags & libc::MAP_FIXED != 0 { changing(start, len, Cause::Unmap) } else { None };
     let call = |fd: c_int| {
         call_next!(
             next::MMAP,

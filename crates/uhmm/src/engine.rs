@@ -34,6 +34,7 @@ use uhmm_sys::{
 
 use crate::{
     block::{Blocks, Waker},
+    changes::Changes,
     device::Invalidation,
     devices::Devices,
     events::Reader,
@@ -79,6 +80,7 @@ pub(crate) struct Core<O: Os> {
     pub(crate) blocks: Blocks,
     pub(crate) staging: Staging,
     pub(crate) gate: Gate,
+    pub(crate) changes: Changes,
     pub(crate) devices: Devices,
     /// The processes that share devices with this one, and which of them it is.
     pub(crate) family: Family,
@@ -167,6 +169,7 @@ impl<O: Os> Core<O> {
             blocks,
             staging,
             gate: Gate::new(),
+            changes: Changes::new(),
             devices: Devices::default(),
             family,
             member,

@@ -65,8 +65,9 @@ pub(crate) enum Request {
     Forget { device: DeviceId, table: &'static DeviceTable },
     /// Take pages for exclusive access. A result per page: a `PageOutcome`.
     Exclusive { device: DeviceId, range: PageRange },
-    /// Give up all translations of a range because the program is about to change its mapping.
-    Invalidate { range: PageRange, cause: crate::device::Cause },
+    /// Give up all translations of a range because the program is about to change its mapping. With `until_over` the change
+    /// is announced as well: its number is the answer.
+    Invalidate { range: PageRange, cause: crate::device::Cause, until_over: bool },
     /// Subscribe to the invalidations of a range.
     Subscribe { range: PageRange, ops: OpsRef },
     /// End a subscription.
@@ -134,6 +135,8 @@ pub(crate) enum Reply {
     Pte(Pte),
     /// A device's fault, or a range fault, failed.
     Fault(FaultError),
+    /// The number of an announced change.
+    Announced(usize),
     /// The id of the thread that answers.
     Thread(u32),
     /// Memory or the kernel failed.

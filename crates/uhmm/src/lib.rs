@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod block;
+mod changes;
 mod coherent;
 pub mod device;
 pub mod device_table;

@@ -31,6 +31,7 @@ use crate::{
     device_table::{Access, BLOCK_ORDER, DeviceTable, Pte},
     devices::{Entry, Memory, SharedBooks},
     engine::Core,
+    gate::pause,
     migrate::{Holes, OtherDevices, Outcomes, PageOutcome, Plan, ResidencyRule, refusal},
     notifier::{IntervalOps, InvalidateSeq, Invalidated, ReadSeq},
     os::Os,
@@ -217,14 +218,26 @@ impl<O: Os> Core<O> {
         }
     }
 
-    /// Begins to look at what a translation of `addr` is to be made from, which takes `left` at most.
+    /// Begins to look at what a translation of `addr`, or of all of its block, is to be made from, which takes `left` at most:
+    /// no change of it that was announced is under way.
     pub(crate) fn begin_translation(
         &self,
         entry: &Entry,
         addr: VirtAddr,
         left: Duration,
     ) -> Result<ReadSeq, FaultError> {
-        let seq = self.notifiers.read_begin_within(entry.subscription(), left).map_err(|_| timed_out(addr))?;
+        let (start, mut spins) = (Instant::now(), 0);
+        let seq = loop {
+            let left = left.saturating_sub(start.elapsed());
+            let seq = self.notifiers.read_begin_within(entry.subscription(), left).map_err(|_| timed_out(addr))?;
+            if !self.changes.any_in(PageRange::block_of(addr)) {
+                break seq;
+            }
+            if left.is_zero() {
+                return Err(timed_out(addr));
+            }
+            pause(&mut spins);
+        };
         // A device that leaves says so before its translations are given up: this one is, or is not made.
         if entry.is_live() { Ok(seq) } else { Err(FaultError::NoDevice) }
     }

@@ -182,6 +182,30 @@ pub struct Mm {
     pub(crate) core: &'static Core<LinuxMm>,
 }
 
+/// A change of mappings that is under way; see [`Mm::changing`].
+#[derive(Debug)]
+pub struct Changing {
+    core: &'static Core<LinuxMm>,
+    number: Option<usize>,
+}
+
+impl Changing {
+    /// Whether devices wait for it. Otherwise they may have come back, and translations have to be given up again behind the
+    /// change.
+    #[must_use]
+    pub const fn is_announced(&self) -> bool {
+        self.number.is_some()
+    }
+}
+
+impl Drop for Changing {
+    fn drop(&mut self) {
+        if let Some(number) = self.number {
+            self.core.changes.over(number);
+        }
+    }
+}
+
 /// Where a page is, since when, and why.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Residency {
@@ -399,7 +423,25 @@ impl Mm {
     /// Gives up every translation of the range, because the caller is about to change its mapping in a way that raises
     /// no event (`mprotect`, or any change of memory of which nothing has ever moved).
     pub fn invalidate(&self, range: PageRange, cause: crate::device::Cause) {
-        self.core.call(Request::Invalidate { range, cause }, |_, _| ());
+        self.core.call(Request::Invalidate { range, cause, until_over: false }, |_, _| ());
+    }
+
+    /// As [`Mm::invalidate`]; and no device has new translations of the range until what is returned is dropped, behind the
+    /// change. Device faults wait for that, a second at most. Nothing else may be asked of the engine meanwhile.
+    ///
+    /// Where some dozen threads change mappings at once, or in a signal handler, this may not wait, and devices may fault
+    /// once more than needed.
+    ///
+    /// # Kernel
+    /// `mmu_notifier_invalidate_range_start` and `_end`.
+    #[must_use = "until it is dropped"]
+    pub fn changing(&self, range: PageRange, cause: crate::device::Cause) -> Changing {
+        let request = Request::Invalidate { range, cause, until_over: true };
+        let number = self.core.call(request, |_, reply| match reply {
+            Reply::Announced(number) => Some(number),
+            _ => None,
+        });
+        Changing { core: self.core, number }
     }
 
     /// Brings everything of the range home and unregisters it, because the caller has a use for it that registered

@@ -102,9 +102,11 @@ impl<O: Os> Core<O> {
                 self.exclusive(ctx, device, range, &mut |n, outcome| job.set_result(n, outcome as u64));
                 Reply::Done
             }
-            Request::Invalidate { range, cause } => {
+            Request::Invalidate { range, cause, until_over } => {
+                // Before the invalidation: see `Changes`.
+                let number = if until_over { self.changes.announce(range) } else { None };
                 drop(self.invalidate(&Invalidation { range, cause, owner: None }));
-                Reply::Done
+                number.map_or(Reply::Done, Reply::Announced)
             }
             Request::Subscribe { range, ops } => match self.notifiers.insert(range, Ops::Static(ops.0)) {
                 Ok(subscription) => arena::value(subscription).map_or_else(Reply::Failed, Reply::Subscribed),

@@ -10,7 +10,7 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use uhmm::{
-    Detail, FaultError, MigrateOptions, Mirror, PageOutcome, PageReport,
+    Detail, DeviceFaultPolicy, FaultError, MigrateOptions, Mirror, PageOutcome, PageReport,
     addr::PageRange,
     device::Cause,
     device_table::{Access, Pte},
@@ -227,6 +227,46 @@ fn a_page_that_was_touched_is_not_reported_on_the_device() {
                 // Nothing else moves it: where the CPU has been, it is.
                 assert!(report.is_valid() && report.local_frame().is_none(), "{report:?}");
             }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_device_waits_for_a_change_that_was_announced() {
+    isolated!(|| {
+        let mm = open()?;
+        let mirror = Watcher::register(&mm, 1024);
+        let (area, other) = (Area::filled(Shape::Small, 1, 1), Area::filled(Shape::Small, 1, 2));
+        let port = mirror.port().unwrap();
+        let load = |range| port.fault_range(range, Access::Read, Detail::Cheap);
+        load(area.range()).unwrap();
+        // One that is not over.
+        let changing = mm.changing(area.range(), Cause::Protect);
+        assert!(changing.is_announced());
+        assert!(matches!(load(area.range()), Err(FaultError::TimedOut { .. })));
+        let fault = port.fault(virt(area.page(9)), Access::Read, DeviceFaultPolicy::Map);
+        assert!(matches!(fault, Err(FaultError::TimedOut { .. })), "{fault:?}");
+        load(other.range()).unwrap();
+        drop(changing);
+        load(area.range()).unwrap();
+        // One that takes its time: what was allowed before it is not after.
+        for _ in 0..20 {
+            let over = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                let changing = mm.changing(area.range(), Cause::Protect);
+                scope.spawn(|| {
+                    let answer = load(area.range());
+                    assert!(over.load(Relaxed), "did not wait");
+                    assert!(matches!(answer, Err(FaultError::Denied { .. })), "{answer:?}");
+                });
+                std::thread::sleep(std::time::Duration::from_millis(5));
+                assert_eq!(Via::Libc.mprotect(area.start, area.len(), libc::PROT_NONE), 0);
+                over.store(true, Relaxed);
+                drop(changing);
+            });
+            assert_eq!(Via::Libc.mprotect(area.start, area.len(), RW), 0);
+            load(area.range()).unwrap();
         }
         Ok(())
     });
