@@ -17,7 +17,8 @@
 //!
 //! # Not supported
 //! - Opens of one node share its page table: what one has faulted in, the other need not. In the kernel each has its own.
-//! - Private file memory neither migrates nor is it held exclusively. In the kernel pages of it that were written do.
+//! - Private file memory migrates, and is held exclusively, where the caller's is the only thread of the program. In the kernel that
+//!   makes no difference.
 //!
 //! # Kernel
 //! `lib/test_hmm.c`, `lib/test_hmm_uapi.h`.
@@ -36,7 +37,7 @@ use uhmm_sys::{
     Errno,
     access::{self, Copied},
     addr::{BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, PageRange, TASK_SIZE, VirtAddr},
-    maps::{Backing, Maps, Prot, Vma},
+    maps::{Backing, Maps, Prot, Sharing, Vma},
 };
 
 use crate::soft::{AccessError, Lane, SoftDevice};
@@ -173,6 +174,15 @@ impl Flags {
     }
 }
 
+/// Whether threads of the program run while a command is carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Others {
+    /// None does, and none handles a signal: the only one waits for the command.
+    None,
+    /// Some may.
+    Some,
+}
+
 /// A node of the test device.
 #[derive(Debug)]
 pub struct Dmirror {
@@ -205,12 +215,41 @@ impl Dmirror {
     ///
     /// # Locking
     /// As [`Dmirror::execute`].
-    pub fn ioctl(&self, lane: &mut Lane, flags: &Flags, number: u32, argument: u64) -> Result<(), Errno> {
+    pub fn ioctl(
+        &self,
+        lane: &mut Lane,
+        flags: &Flags,
+        number: u32,
+        argument: u64,
+        others: Others,
+    ) -> Result<(), Errno> {
         let mut bytes = [0; Cmd::BYTES];
         self.fetch(argument, &mut bytes)?;
         let mut cmd = Cmd::from_bytes(bytes);
-        self.execute(lane, flags, Request::from_ioctl(number), &mut cmd)?;
+        let request = Request::from_ioctl(number);
+        if others == Others::None && matches!(request, Some(Request::MigrateToDevice | Request::Exclusive)) {
+            self.make_anonymous(request == Some(Request::Exclusive), &cmd);
+        }
+        self.execute(lane, flags, request, &mut cmd)?;
         self.deliver(argument, &cmd.to_bytes())
+    }
+
+    /// Makes private memory of files anonymous, as far as it was written, or is about to be given a copy of its own: what is
+    /// held exclusively is the process's own.
+    fn make_anonymous(&self, to_own: bool, cmd: &Cmd) {
+        if whole(cmd).is_none() || !cmd.addr.is_multiple_of(PAGE_SIZE) {
+            return;
+        }
+        // What does not work out here does not move: the command says so.
+        let _ = self.each_mapping(cmd, |piece, vma| {
+            if vma.backing == Backing::File && vma.sharing == Sharing::Private && vma.prot.contains(Prot::WRITE) {
+                if to_own {
+                    let _ = access::populate_write(piece);
+                }
+                let _ = self.mirror.mm().make_anonymous(piece);
+            }
+            Ok(())
+        });
     }
 
     /// Carries a command out, with what `cmd` says, and leaves there what it tells. `lane` is one of this node's device, and
@@ -339,7 +378,7 @@ impl Dmirror {
 
     /// Calls `f` for the part of `cmd`'s range in each mapping, all of which may be read. What no device may have at all is
     /// refused.
-    fn each_mapping(&self, cmd: &Cmd, mut f: impl FnMut(PageRange) -> Result<(), Errno>) -> Result<(), Errno> {
+    fn each_mapping(&self, cmd: &Cmd, mut f: impl FnMut(PageRange, &Vma) -> Result<(), Errno>) -> Result<(), Errno> {
         let mut at = VirtAddr::new(cmd.addr);
         let end = cmd.addr + (cmd.npages << PAGE_SHIFT);
         while at.get() < end {
@@ -348,14 +387,14 @@ impl Dmirror {
             if vma.page_size > PAGE_SIZE || vma.backing == Backing::Special {
                 return Err(Errno::INVAL);
             }
-            f(PageRange::from_ends(at, piece_end).map_err(|_| Errno::INVAL)?)?;
+            f(PageRange::from_ends(at, piece_end).map_err(|_| Errno::INVAL)?, &vma)?;
             at = piece_end;
         }
         Ok(())
     }
 
     fn migrate_to_device(&self, lane: &mut Lane, flags: &Flags, cmd: &mut Cmd) -> Result<(), Errno> {
-        self.each_mapping(cmd, |piece| {
+        self.each_mapping(cmd, |piece, _| {
             self.send(piece, flags);
             Ok(())
         })?;
@@ -406,7 +445,7 @@ impl Dmirror {
 
     fn migrate_to_system(&self, flags: &Flags, cmd: &mut Cmd) -> Result<(), Errno> {
         let (mut count, mut failed) = (0, false);
-        self.each_mapping(cmd, |piece| {
+        self.each_mapping(cmd, |piece, _| {
             self.each_run(piece, |run, unit| {
                 if flags.takes_failure() && !unit {
                     failed = true;

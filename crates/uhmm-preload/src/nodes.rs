@@ -45,7 +45,7 @@ use std::{
 
 use uhmm::{Mm, device::MemoryKind};
 use uhmm_devices::{
-    dmirror::{Dmirror, Flags},
+    dmirror::{Dmirror, Flags, Others},
     soft::{Lane, SoftConfig, SoftDevice},
 };
 use uhmm_sys::{
@@ -204,7 +204,8 @@ pub(crate) fn ioctl(fd: RawFd, number: u32, argument: u64) -> Option<Result<(), 
         return None;
     }
     let Some(service) = Service::present().filter(|_| file.is_own()) else { return Some(Err(Errno::INVAL)) };
-    Some(service.call(Job::Command { file, number, argument }))
+    // As in the kernel no signal is handled before the command is done.
+    Some(thread::without_signals(|| service.call(Job::Command { file, number, argument })))
 }
 
 /// What is to be mapped where a node is: fresh zeros.
@@ -361,7 +362,9 @@ impl Service {
                     Some(lane) => lane,
                     none => none.insert(dmirror.mirror().device().lane().ok_or(Errno::NOMEM)?),
                 };
-                dmirror.ioctl(lane, &file.flags, number, argument)
+                // The only thread of the program is the one that waits for this.
+                let others = if thread::count_others() == Ok(1) { Others::None } else { Others::Some };
+                dmirror.ioctl(lane, &file.flags, number, argument, others)
             }
         }
     }

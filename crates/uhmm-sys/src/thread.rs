@@ -342,6 +342,26 @@ extern "C" fn pthread_main(record: *mut c_void) -> *mut c_void {
     null_mut()
 }
 
+/// How many threads the process has that were not made here.
+///
+/// # Errors
+/// Whatever listing `/proc/self/task` answers.
+pub fn count_others() -> Result<usize, Errno> {
+    let mut others = 0;
+    crate::exclude::threads(&mut |tid| {
+        others += usize::from(!slots().any(|slot| u64::from(slot.tid.load(Acquire)) == tid));
+    })?;
+    Ok(others)
+}
+
+/// Calls `f` while no signal is handled on the calling thread.
+pub fn without_signals<T>(f: impl FnOnce() -> T) -> T {
+    let before = set_signals(!LIBRARY_SIGNALS);
+    let result = f();
+    set_signals(before);
+    result
+}
+
 /// Signals that glibc sends to its own threads, for `setuid` and cancellation.
 const LIBRARY_SIGNALS: u64 = 1 << (32 - 1) | 1 << (33 - 1);
 

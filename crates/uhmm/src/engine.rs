@@ -81,6 +81,8 @@ pub(crate) struct Core<O: Os> {
     pub(crate) staging: Staging,
     pub(crate) gate: Gate,
     pub(crate) changes: Changes,
+    /// A block of memory for [`Core::make_anonymous`], once that was asked for.
+    pub(crate) scratch: Mutex<Option<PageRange>>,
     pub(crate) devices: Devices,
     /// The processes that share devices with this one, and which of them it is.
     pub(crate) family: Family,
@@ -170,6 +172,7 @@ impl<O: Os> Core<O> {
             staging,
             gate: Gate::new(),
             changes: Changes::new(),
+            scratch: Mutex::new(None),
             devices: Devices::default(),
             family,
             member,

@@ -72,6 +72,8 @@ pub(crate) enum Request {
     Subscribe { range: PageRange, ops: OpsRef },
     /// End a subscription.
     Unsubscribe { subscription: &'static Subscription },
+    /// Make written pages of private file mappings anonymous.
+    MakeAnonymous { range: PageRange },
     /// Serve each page that is not there as if it had been touched.
     Touch { range: PageRange },
     /// Bring everything home and unregister the range.
@@ -135,6 +137,8 @@ pub(crate) enum Reply {
     Pte(Pte),
     /// A device's fault, or a range fault, failed.
     Fault(FaultError),
+    /// How many pages were made anonymous.
+    Adopted(usize),
     /// The number of an announced change.
     Announced(usize),
     /// The id of the thread that answers.

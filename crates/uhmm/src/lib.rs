@@ -1,6 +1,7 @@
 //! Heterogeneous memory management in user space.
 #![forbid(unsafe_code)]
 
+mod adopt;
 mod block;
 mod changes;
 mod coherent;

@@ -444,6 +444,22 @@ impl Mm {
         Changing { core: self.core, number }
     }
 
+    /// Makes those pages of private file mappings anonymous memory that were written, so that they can move; returns how many
+    /// those were. The rest of the mappings stays as it is.
+    ///
+    /// The caller knows that nobody writes to the range meanwhile: no other thread of the program runs. What somebody wrote would
+    /// be lost.
+    ///
+    /// # Errors
+    /// `ENOMEM`: too many mappings, or too much memory; pages before may have been made anonymous.
+    pub fn make_anonymous(&self, range: PageRange) -> Result<usize, Errno> {
+        match self.core.call(Request::MakeAnonymous { range }, |_, reply| reply) {
+            Reply::Adopted(pages) => Ok(pages),
+            Reply::Failed(errno) => Err(errno),
+            reply => unreachable!("{reply:?} is no answer to making memory anonymous"),
+        }
+    }
+
     /// Brings everything of the range home and unregisters it, because the caller has a use for it that registered
     /// memory does not allow: a userfaultfd of its own, say. Returns whether that is done.
     #[must_use]

@@ -115,6 +115,7 @@ impl<O: Os> Core<O> {
             Request::Unsubscribe { subscription } => {
                 self.notifiers.remove(subscription).map_or_else(Reply::TimedOut, |()| Reply::Done)
             }
+            Request::MakeAnonymous { range } => self.make_anonymous(range).map_or_else(Reply::Failed, Reply::Adopted),
             Request::Touch { range } => {
                 self.touch(ctx, range);
                 Reply::Done

@@ -272,6 +272,41 @@ static void only_private_anonymous_memory_moves(void)
 	close(file);
 }
 
+static void private_memory_of_files_moves_where_it_was_written(void)
+{
+	int file = open("/tmp", O_TMPFILE | O_RDWR, 0600);
+	char *from = filled(4), *at;
+
+	if (file < 0)
+		return;
+	CHECK(write(file, from, 4 * PAGE) == 4 * (long)PAGE);
+	at = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
+	at[PAGE] = 'x';
+	at[2 * PAGE] = 'y';
+	SAME(ask(nodes[0], TO_DEVICE, at, buffer, 4), -ENOENT);
+	SAME(look(nodes[0], at, 4)[1], local(2));
+	SAME(seen[0], 0);
+	SAME(ask(nodes[0], TO_DEVICE, at + PAGE, buffer, 2), 0);
+	SAME(buffer[0], 'x');
+	SAME(buffer[1], 'B');
+	expect_away(at + PAGE, 2);
+	SAME(at[2 * PAGE], 'y');
+	SAME(at[2 * PAGE + 1], 'C');
+	SAME(at[0], 'A');
+	/* To hold a page is to have a copy of it. */
+	SAME(ask(nodes[0], EXCLUSIVE, at + 3 * PAGE, buffer, 1), 0);
+	SAME(ask(nodes[0], CHECK_EXCLUSIVE, at + 3 * PAGE, buffer, 1), -EPERM);
+	at[3 * PAGE] = 'z';
+	SAME(pread(file, buffer, 4 * PAGE, 0), 4 * PAGE);
+	SAME(memcmp(buffer, from, 4 * PAGE), 0);
+	/* It is one mapping to the program still. */
+	CHECK(mprotect(at, 4 * PAGE, PROT_READ) == 0);
+	SAME(at[PAGE], 'x');
+	SAME(munmap(at, 4 * PAGE), 0);
+	munmap(from, 4 * PAGE);
+	close(file);
+}
+
 static void zeros_move_too(void)
 {
 	char *at = anonymous(4, PROT_READ | PROT_WRITE);
@@ -654,6 +689,7 @@ int main(int argc, char **argv)
 	pages_go_and_come();
 	a_hole_ends_a_migration_and_keeps_what_is_done();
 	only_private_anonymous_memory_moves();
+	private_memory_of_files_moves_where_it_was_written();
 	zeros_move_too();
 	read_only_memory_moves();
 	without_access_pages_stay_on_the_device();
