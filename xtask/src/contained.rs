@@ -52,6 +52,8 @@ pub struct Contained {
     pub settings: Vec<(PathBuf, String)>,
     /// The longest that it may take.
     pub limit: Duration,
+    /// Mebibytes of swap for as long as it runs, in a file below `dir`.
+    pub swap_mib: u64,
 }
 
 /// How a program ended.
@@ -103,6 +105,9 @@ impl Contained {
         for (path, value) in &self.settings {
             command.arg(format!("--set={}={value}", path.display()));
         }
+        if self.swap_mib > 0 {
+            command.arg("--swap-mib").arg(self.swap_mib.to_string());
+        }
         if !self.dir.as_os_str().is_empty() {
             command.current_dir(&self.dir);
         }
@@ -122,7 +127,8 @@ impl Contained {
         child.wait()?;
         drop(held_open);
         let Some((end, left)) = read_report(&report) else {
-            bail!("{}: {}", self.command[0].display(), report.trim());
+            let reason = if report.is_empty() { "the container was killed; settings may stay" } else { report.trim() };
+            bail!("{}: {reason}", self.command[0].display());
         };
         Ok(Ran { end, left, took: start.elapsed() })
     }
@@ -153,6 +159,8 @@ pub struct Options {
     env: Vec<String>,
     #[arg(long)]
     set: Vec<String>,
+    #[arg(long, default_value_t = 0)]
+    swap_mib: u64,
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<OsString>,
 }
@@ -185,6 +193,7 @@ fn contain(options: &Options) -> Result<(End, usize)> {
         let (path, value) = assignment.split_once('=').context("--set PATH=VALUE")?;
         settings.set(Path::new(path), value)?;
     }
+    let swap = if options.swap_mib > 0 { Swap::make(options.swap_mib) } else { None };
     let mut command = Command::new(&options.command[0]);
     let outputs = std::io::stderr().as_fd().try_clone_to_owned()?;
     command.args(&options.command[1..]).stdin(Stdio::null()).stdout(outputs);
@@ -204,6 +213,7 @@ fn contain(options: &Options) -> Result<(End, usize)> {
         }
     };
     let left = end_all()?;
+    drop(swap);
     drop(settings);
     Ok((end, if end == End::TimedOut { 0 } else { left }))
 }
@@ -238,6 +248,40 @@ fn end_all() -> Result<usize> {
             let _ = kill_process(pid, Signal::KILL);
         }
         thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A file to swap to, in the current directory; gone on drop.
+#[derive(Debug)]
+struct Swap;
+
+const SWAP: &str = "swap";
+
+impl Swap {
+    /// None where it cannot be made; says why.
+    fn make(mib: u64) -> Option<Self> {
+        // Blocks and all: a file with holes is no swap.
+        let made = Command::new("dd")
+            .args(["if=/dev/zero", "bs=1M", &format!("count={mib}"), &format!("of={SWAP}")])
+            .stderr(Stdio::null())
+            .status();
+        let swap = Self;
+        let run = |program: &str| Command::new(program).arg(SWAP).stdout(Stdio::null()).status();
+        for step in [made, run("mkswap"), run("swapon")] {
+            if !step.is_ok_and(|status| status.success()) {
+                eprintln!("xtask: no swap could be made; what needs it is skipped");
+                return None;
+            }
+        }
+        Some(swap)
+    }
+}
+
+impl Drop for Swap {
+    fn drop(&mut self) {
+        // It may not have come to be.
+        let _ = Command::new("swapoff").arg(SWAP).stderr(Stdio::null()).status();
+        let _ = fs::remove_file(SWAP);
     }
 }
 

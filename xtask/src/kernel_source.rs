@@ -22,6 +22,7 @@ const PACKAGE: &str = "linux-source-6.12";
 const MEMBERS: &[&str] = &[
     "COPYING",
     "LICENSES/preferred/GPL-2.0",
+    "include/vdso",
     "lib/test_hmm_uapi.h",
     "mm/gup_test.h",
     "tools/arch/x86/include",
@@ -144,6 +145,8 @@ fn unpack(place: &Path, version: &str) -> Result<KernelSource> {
         .output()
         .context("tar")?;
     ensure!(output.status.success(), "tar: {}", first_line(&output));
+    // The kernel's own build looks for libraries and writes what it has found here. `Program::flags` say it instead.
+    fs::write(tree.join("tools/testing/selftests/mm/local_config.h"), "")?;
     fs::write(temporary.join("members"), &members)?;
     fs::rename(&temporary, &source.dir).with_context(|| source.dir.display().to_string())?;
     Ok(source)

@@ -5,6 +5,7 @@ mod contained;
 mod demo;
 mod hmm_tests;
 mod kernel_source;
+mod mm_selftests;
 mod packages;
 mod process;
 mod programs;
@@ -42,6 +43,8 @@ enum Command {
     Programs(programs::Options),
     /// Runs the kernel's own HMM tests on uhmm's device and compares each case with what is expected of it.
     HmmTests(hmm_tests::Options),
+    /// Runs the kernel's other memory management tests by themselves and under stress, and compares each case.
+    MmSelftests(mm_selftests::Options),
     /// Runs a program that changes the machine, and changes it back.
     #[command(hide = true)]
     Contained(contained::Options),
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Programs(options) => programs::run(&options),
         Command::HmmTests(options) => hmm_tests::run(&options),
+        Command::MmSelftests(options) => mm_selftests::run(&options),
         Command::Contained(options) => contained::run(&options),
     };
     match outcome {

@@ -120,7 +120,7 @@ pub fn run(options: &Options) -> Result<bool> {
 }
 
 /// Builds the command and the preload library; they end up side by side.
-fn build() -> Result<PathBuf> {
+pub fn build() -> Result<PathBuf> {
     let status = Command::new(env!("CARGO"))
         .args(["build", "--quiet", "--release", "-p", "uhmm-cli", "-p", "uhmm-preload"])
         .current_dir(root())
@@ -198,7 +198,7 @@ fn execute(program: &Program, scale: u32, prefix: &str, dir: &Path) -> Result<Ru
 }
 
 /// What went out to devices, where the line is one of `--stats=json`.
-fn bytes_out(line: &str) -> Option<u64> {
+pub fn bytes_out(line: &str) -> Option<u64> {
     serde_json::from_str::<serde_json::Value>(line).ok()?.get("bytes_out")?.as_u64()
 }
 

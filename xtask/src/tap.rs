@@ -1,5 +1,5 @@
 //! Results of single cases, read from what a kernel selftest prints: the Test Anything Protocol, as `kselftest.h` and
-//! `kselftest_harness.h` write it.
+//! `kselftest_harness.h` write it, and what two programs print instead.
 
 /// How a case ended, worst first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -31,6 +31,8 @@ impl Outcome {
 /// One result line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Case {
+    /// Its number, where cases have numbers.
+    pub number: Option<u32>,
     /// Its name; for a case that is skipped without one, the reason.
     pub name: String,
     /// How it ended.
@@ -46,7 +48,7 @@ pub fn case(line: &str) -> Option<Case> {
         None => (true, line.strip_prefix("ok ")?),
     };
     let (number, rest) = rest.split_once(' ').unwrap_or((rest, ""));
-    number.parse::<u32>().ok()?;
+    let number = Some(number.parse().ok()?);
     let rest = rest.strip_prefix("- ").unwrap_or(rest).trim();
     // Of a case without a name, what follows the directive is all there is.
     let (name, directive) = rest.split_once("# ").map_or((rest, ""), |(name, directive)| (name.trim(), directive));
@@ -61,7 +63,39 @@ pub fn case(line: &str) -> Option<Case> {
         "" => directive.split_once(' ').map_or(directive, |(_, text)| text.trim()),
         name => name,
     };
-    Some(Case { name: name.to_owned(), outcome, reason })
+    Some(Case { number, name: name.to_owned(), outcome, reason })
+}
+
+/// Reads a line of `uffd-unit-tests` or of `khugepaged`, where it is the result of a case.
+///
+/// ```text
+/// Testing move-pmd on anon... done
+/// Collapse PTE table with single PTE entry present.... ESC[32mOK ESC[0m
+/// ```
+pub fn plain_case(line: &str) -> Option<Case> {
+    // Progress is shown on one line.
+    let line = line.rsplit('\r').next()?;
+    let (name, outcome, rest) = if let Some(rest) = line.strip_prefix("Testing ") {
+        let (name, rest) = rest.split_once("... ")?;
+        let outcome = match rest.split(' ').next()? {
+            "done" => Outcome::Pass,
+            "skipped" => Outcome::Skip,
+            _ => Outcome::Fail,
+        };
+        (name, outcome, rest)
+    } else {
+        let (name, rest) = line.strip_suffix("\x1b[0m")?.rsplit_once(" \x1b[")?;
+        let (colour, rest) = rest.split_once('m')?;
+        let outcome = match colour {
+            "32" => Outcome::Pass,
+            "33" => Outcome::Skip,
+            _ => Outcome::Fail,
+        };
+        // One dot for each look at something that took its time.
+        (name.trim_end_matches('.'), outcome, rest)
+    };
+    let reason = (outcome == Outcome::Skip).then(|| rest.to_owned());
+    Some(Case { number: None, name: name.to_owned(), outcome, reason })
 }
 
 #[cfg(test)]
@@ -93,6 +127,18 @@ mod tests {
         assert_eq!(read("ok 2 # XFAIL as expected"), ("as expected".into(), Outcome::Pass, None));
         assert_eq!(read("not ok 2 # error mmap failed"), ("mmap failed".into(), Outcome::Fail, None));
         assert_eq!(read("ok 1 - with a dash"), ("with a dash".into(), Outcome::Pass, None));
+    }
+
+    #[test]
+    fn results_of_programs_that_do_not_speak_the_protocol() {
+        let read = |line: &str| plain_case(line).map(|case| (case.name, case.outcome));
+        assert_eq!(read("Testing move on anon... done"), Some(("move on anon".into(), Outcome::Pass)));
+        assert_eq!(read("Testing move on anon... skipped [reason: no]"), Some(("move on anon".into(), Outcome::Skip)));
+        assert_eq!(read("Testing move on anon... ERROR: UFFDIO_MOVE"), Some(("move on anon".into(), Outcome::Fail)));
+        assert_eq!(read("Collapse..... \x1b[32mOK\x1b[0m"), Some(("Collapse".into(), Outcome::Pass)));
+        assert_eq!(read("  1/2...\r  2/2... \x1b[31mFail\x1b[0m"), Some(("  2/2".into(), Outcome::Fail)));
+        assert_eq!(read("Allocate... \x1b[33mSkip\x1b[0m"), Some(("Allocate".into(), Outcome::Skip)));
+        assert_eq!(read("Run test: collapse_full (khugepaged:anon)"), None);
     }
 
     #[test]

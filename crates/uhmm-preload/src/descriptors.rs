@@ -3,20 +3,22 @@
 //! Each does what it does anyway, by the next function of its name. Opening a node (see [`crate::nodes`]) is tried where that
 //! has found nothing; whatever closes descriptors has the nodes looked through that nobody holds any more.
 //!
-//! In a program that opens no node this costs a comparison for each file that is not there, and a load for each close.
+//! And what the program reads of its page map is corrected (see [`crate::pagemap`]).
+//!
+//! In a program that does neither this costs some comparisons for each file that is opened, and a load for each read and close.
 //
 // UNSAFETY: the functions that it stands for take raw pointers and are called by C.
 
 use std::{
-    ffi::{CStr, c_char, c_int, c_uint},
+    ffi::{CStr, c_char, c_int, c_uint, c_void},
     os::fd::IntoRawFd,
 };
 
-use libc::mode_t;
+use libc::{mode_t, off64_t, size_t, ssize_t};
 
 use crate::{
     interpose::{call_next, errno, set_errno, unseen},
-    next, nodes,
+    next, nodes, pagemap,
 };
 
 /// The answer of an `open`, which is ours where there was nothing and `path` names a node.
@@ -24,6 +26,11 @@ use crate::{
 /// # Safety
 /// `path` was just passed to a function that opens files, which found nothing there: it is a string.
 unsafe fn or_node(answer: c_int, path: *const c_char, flags: c_int) -> c_int {
+    if answer != -1 && !path.is_null() {
+        // SAFETY: a string, by the caller's word.
+        let path = unsafe { CStr::from_ptr(path) };
+        unseen(|| pagemap::opened(path, answer));
+    }
     if answer != -1 || errno() != libc::ENOENT || path.is_null() {
         return answer;
     }
@@ -114,4 +121,48 @@ unsafe extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c
 unsafe extern "C" fn closefrom(first: c_int) {
     call_next!(next::CLOSEFROM, Default::default(), fn(first: c_int) -> ());
     some_may_be_closed();
+}
+
+/// What was read of the program's page map is corrected.
+fn corrected(fd: c_int, buffer: *mut c_void, answer: ssize_t, offset: impl FnOnce() -> off64_t) -> ssize_t {
+    if answer > 0
+        && pagemap::any()
+        && let Ok(len) = usize::try_from(answer)
+    {
+        unseen(|| {
+            if let Ok(offset) = u64::try_from(offset()) {
+                // SAFETY: the kernel has just written there, for the caller.
+                unsafe { pagemap::correct(fd, buffer, len, offset) };
+            }
+        });
+    }
+    answer
+}
+
+/// # Safety
+/// As for `pread(2)`.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn pread(fd: c_int, buffer: *mut c_void, len: size_t, offset: off64_t) -> ssize_t {
+    let answer =
+        call_next!(next::PREAD, -1, fn(fd: c_int, buffer: *mut c_void, len: size_t, offset: off64_t) -> ssize_t);
+    corrected(fd, buffer, answer, || offset)
+}
+
+/// # Safety
+/// As for `pread(2)`.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn pread64(fd: c_int, buffer: *mut c_void, len: size_t, offset: off64_t) -> ssize_t {
+    // SAFETY: the same function on this architecture.
+    unsafe { pread(fd, buffer, len, offset) }
+}
+
+/// # Safety
+/// As for `read(2)`.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn read(fd: c_int, buffer: *mut c_void, len: size_t) -> ssize_t {
+    let answer = call_next!(next::READ, -1, fn(fd: c_int, buffer: *mut c_void, len: size_t) -> ssize_t);
+    corrected(fd, buffer, answer, || {
+        // SAFETY: changes nothing; the file is behind what was read.
+        unsafe { libc::lseek64(fd, 0, libc::SEEK_CUR) - answer as off64_t }
+    })
 }

@@ -421,6 +421,22 @@ pub(crate) fn unsplit(range: PageRange) {
     }
 }
 
+/// Whether the page of `addr` is away, or on its way.
+///
+/// # Locking
+/// None.
+pub(crate) fn is_away(addr: VirtAddr) -> bool {
+    is_any_away(PageRange::page_of(addr))
+}
+
+/// Whether any page of `range` is away, or on its way.
+///
+/// # Locking
+/// None.
+pub(crate) fn is_any_away(range: PageRange) -> bool {
+    running().is_some_and(|running| running.mm.look(range) != Whereabouts::Here)
+}
+
 /// Whether `range` is one mapping to the kernel.
 pub(crate) fn is_one_mapping(range: PageRange) -> bool {
     let vma = Maps::open().and_then(|maps| maps.find(range.start()));

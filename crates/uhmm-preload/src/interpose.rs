@@ -40,7 +40,7 @@ use uhmm::{
 use uhmm_sys::{access, dispatch};
 
 use crate::{
-    engine, locked, next, nodes,
+    engine, locked, next, nodes, pagemap,
     pieces::{self, Remap},
     turn::turn,
 };
@@ -396,6 +396,22 @@ unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -
                 -1
             }
         };
+    }
+    if request == c_ulong::from(pagemap::SCAN) && pagemap::any() {
+        let ask = |argument: *mut c_void| {
+            call_next!(next::IOCTL, -1, fn(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int)
+        };
+        let before = errno();
+        let answer = pagemap::scan(fd, argument, &ask);
+        set_errno(before);
+        match answer {
+            None => {}
+            Some(Ok(regions)) => return regions,
+            Some(Err(errno)) => {
+                set_errno(errno);
+                return -1;
+            }
+        }
     }
     let taken = (request == UFFDIO_REGISTER && engine::is_running()).then(|| registered_range(argument)).flatten();
     if let Some(range) = taken {

@@ -24,6 +24,7 @@
 //! - [`limits`][]: limits of address space, as the program is to see them.
 //! - [`locked`][]: all memory of the program locked, and not the engine's.
 //! - [`nodes`][]: the nodes of the kernel's HMM test device.
+//! - [`pagemap`][]: pages that are away, as a program sees them in its page map.
 //! - [`pieces`][]: `mremap` of mappings that registration has split.
 //! - [`say`][]: messages.
 //! - [`turn`][]: changes of mappings, one after the other.
@@ -48,6 +49,7 @@ mod limits;
 mod locked;
 mod next;
 mod nodes;
+mod pagemap;
 mod pieces;
 mod say;
 mod turn;

@@ -81,6 +81,8 @@ functions! {
     OPENAT_2 = c"__openat_2",
     OPENAT64_2 = c"__openat64_2",
     CLOSE = c"close",
+    READ = c"read",
+    PREAD = c"pread",
     DUP2 = c"dup2",
     DUP3 = c"dup3",
     CLOSE_RANGE = c"close_range",

@@ -449,11 +449,11 @@ fn a_device_fault_may_bring_the_block_to_the_device() {
             let port = mirror.port().unwrap();
             let addr = virt(area.page(77));
             let pte = port.fault(addr, Access::Read, DeviceFaultPolicy::Migrate).unwrap();
+            assert_eq!(mm.residency(virt(area.page(400))).why, Why::DeviceFault);
             assert_eq!(mirror.device().word(pte.pfn().expect("it is on the device")), {
                 // Looked at through the device first: this touch brings it home.
                 peek(area.page(77))
             });
-            assert_eq!(mm.residency(virt(area.page(400))).why, Why::DeviceFault);
             area.check(1);
             // A hole stays one: the device maps the page of zeros where it is.
             let hole = Area::new(shape, 1);

@@ -106,6 +106,12 @@ static uint64_t page_map(const void *addr)
 	return word;
 }
 
+/* Whether a page is known not to be there, and not to be lost either. */
+static int is_swapped(const void *addr)
+{
+	return page_map(addr) >> 62 == 1;
+}
+
 static int is_present(const void *addr)
 {
 	return page_map(addr) >> 63;
@@ -114,8 +120,10 @@ static int is_present(const void *addr)
 /* Whether a page is on a device: out of the CPU's page table, where the memory is private. */
 static void expect_away(const char *addr, uint64_t pages)
 {
-	for (uint64_t n = 0; n < pages; n++)
+	for (uint64_t n = 0; n < pages; n++) {
 		SAME(is_present(addr + n * PAGE), coherent);
+		SAME(is_swapped(addr + n * PAGE), !coherent);
+	}
 }
 
 static void checks_come_in_order(void)
@@ -422,7 +430,7 @@ static void exclusive_is_exclusive(void)
 	SAME(told.copied, 6);
 	SAME(buffer[5 * PAGE], 'F');
 	SAME(ask(nodes[0], CHECK_EXCLUSIVE, at, buffer, 6), -EPERM);
-	SAME(is_present(at), 0);
+	SAME(is_swapped(at), 1);
 	/* A look is enough. */
 	SAME(at[0], 'A');
 	SAME(ask(nodes[0], CHECK_EXCLUSIVE, at, buffer, 1), 0);
