@@ -66,13 +66,14 @@ impl Control {
         }
     }
 
-    /// How many cases it passes: those in which no page moves, under the witness.
+    /// How many cases it passes at most: those in which no page moves, under the witness. Two more than usual where memory is
+    /// unmapped soon enough in `anon_teardown` for its read to fail, as it may.
     const fn most_passed(self, witness: bool) -> u64 {
         match (self, witness) {
             (Self::Null, false) => 4,
             (Self::Null, true) => 2,
             (Self::InPlace, false) => 52,
-            (Self::InPlace, true) => 10,
+            (Self::InPlace, true) => 12,
         }
     }
 
