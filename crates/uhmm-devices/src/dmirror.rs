@@ -23,9 +23,12 @@
 //! # Kernel
 //! `lib/test_hmm.c`, `lib/test_hmm_uapi.h`.
 
-use std::sync::atomic::{
-    AtomicU64,
-    Ordering::{AcqRel, Acquire, Release},
+use std::{
+    sync::atomic::{
+        AtomicU64,
+        Ordering::{AcqRel, Acquire, Release},
+    },
+    time::{Duration, Instant},
 };
 
 use uhmm::{
@@ -140,8 +143,13 @@ const PRIVATE_LOCAL: u8 = 0x20;
 const COHERENT_LOCAL: u8 = 0x40;
 const COHERENT_REMOTE: u8 = 0x50;
 
-/// How often pages are asked to the device that are only busy: the engine may be moving them for somebody else.
+/// How long pages are asked to the device that are only busy: the engine may be moving them for somebody else, or they were
+/// dropped a moment ago.
+const MIGRATE_PATIENCE: Duration = Duration::from_secs(1);
+/// How often pages are that the program has lent to the kernel.
 const MIGRATE_TRIES: u32 = 20;
+/// How often a page of the program's buffer is brought home that leaves again each time.
+const REACH_TRIES: u32 = 64;
 /// How often a page that a CPU thread takes back is taken again.
 const EXCLUSIVE_TRIES: u32 = 100;
 
@@ -419,13 +427,16 @@ impl Dmirror {
             };
         }
         let options = MigrateOptions { from_other_devices: false, ..MigrateOptions::default() };
-        for _ in 0..MIGRATE_TRIES {
+        let (start, mut tries) = (Instant::now(), 0);
+        loop {
             let report = self.mirror.migrate(piece, &options);
-            let busy = [PageOutcome::Busy, PageOutcome::Pinned, PageOutcome::TimedOut];
-            if busy.into_iter().all(|outcome| report.count(outcome) == 0) {
+            tries += 1;
+            let busy = report.count(PageOutcome::Busy) + report.count(PageOutcome::TimedOut) != 0;
+            let lent = report.count(PageOutcome::Pinned) != 0 && tries < MIGRATE_TRIES;
+            if !(busy || lent) || start.elapsed() > MIGRATE_PATIENCE {
                 return;
             }
-            std::thread::sleep(std::time::Duration::from_micros(500));
+            std::thread::sleep(Duration::from_micros(500));
         }
     }
 
@@ -599,17 +610,17 @@ impl Dmirror {
             return Err(Errno::FAULT);
         }
         let mm = self.mirror.mm();
-        let (mut done, mut brought) = (0, usize::MAX);
+        let (mut done, mut tries) = (0, 0);
         loop {
             let copied = copy(done);
             done += usize::try_from(copied.done).expect("at most what was left");
             if done == len {
                 return Ok(());
             }
-            if mm.serves_kernel_faults() || brought == done {
+            if mm.serves_kernel_faults() || tries == REACH_TRIES {
                 return Err(Errno::FAULT);
             }
-            brought = done;
+            tries = if copied.done == 0 { tries + 1 } else { 0 };
             mm.touch(PageRange::page_of(VirtAddr::new(ptr + done as u64)));
         }
     }

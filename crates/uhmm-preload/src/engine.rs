@@ -35,7 +35,7 @@ use uhmm_sys::{
     dispatch::{self, Pager, Whereabouts},
     exclude, fence,
     files::own_files,
-    futex::{self, WaitResult},
+    futex,
     maps::{Maps, anon_rss_bytes},
     space, thread,
 };
@@ -226,14 +226,14 @@ fn wait_until_settled() {
 
 /// Waits until there is nothing to wait for, and says whether that came.
 ///
-/// Patience is counted in waits, not read from a clock: a machine that is stopped for a minute (a virtual one that is moved, or
+/// Each wait counts for its step at most: a machine that is stopped for a minute (a virtual one that is moved, or
 /// a snapshot of which is taken) finds that minute gone on the clock, in which the engine could not do anything either.
 fn is_settled_in_time() -> bool {
     let mut left = START_PATIENCE;
     while SETTLED.load(Acquire) == 0 && !left.is_zero() {
-        if futex::wait(&SETTLED, 0, Some(PATIENCE_STEP)) == WaitResult::TimedOut {
-            left = left.saturating_sub(PATIENCE_STEP);
-        }
+        let start = Instant::now();
+        let _ = futex::wait(&SETTLED, 0, Some(PATIENCE_STEP));
+        left = left.saturating_sub(start.elapsed().min(PATIENCE_STEP));
     }
     SETTLED.load(Acquire) != 0
 }
@@ -451,6 +451,11 @@ pub(crate) fn lends_pages() {
     if let Some(running) = running() {
         running.mm.never_recycle();
     }
+}
+
+/// Whether the program lets the kernel refer to its pages.
+pub(crate) fn has_lent_pages() -> bool {
+    LENDS_PAGES.load(Acquire)
 }
 
 impl Pager for Running {

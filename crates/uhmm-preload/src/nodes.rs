@@ -275,6 +275,8 @@ struct Opened {
 
 struct Service {
     mm: &'static Mm,
+    /// Whose workers these are: the child of a bare fork finds its parent's here.
+    pid: u32,
     nodes: [OnceLock<Dmirror>; NODES],
     opened: Mutex<Vec<Opened>>,
     workers: [Worker; WORKERS],
@@ -285,9 +287,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Service {
+    /// This process's.
     fn present() -> Option<&'static Self> {
         // SAFETY: null, or stored by `start` from a reference that is valid for ever.
-        unsafe { SERVICE.load(Acquire).cast_const().as_ref() }
+        let service = unsafe { SERVICE.load(Acquire).cast_const().as_ref() };
+        service.filter(|service| service.pid == std::process::id())
     }
 
     fn start(mm: &'static Mm) -> Result<&'static Self, Errno> {
@@ -297,7 +301,8 @@ impl Service {
             answer: AtomicI32::new(0),
         });
         let nodes = [const { OnceLock::new() }; NODES];
-        let service = arena::value(Self { mm, nodes, opened: Mutex::new(Vec::new()), workers })?;
+        let service =
+            arena::value(Self { mm, pid: std::process::id(), nodes, opened: Mutex::new(Vec::new()), workers })?;
         SERVICE.store(std::ptr::from_ref(service).cast_mut(), Release);
         Ok(service)
     }
@@ -362,8 +367,9 @@ impl Service {
                     Some(lane) => lane,
                     none => none.insert(dmirror.mirror().device().lane().ok_or(Errno::NOMEM)?),
                 };
-                // The only thread of the program is the one that waits for this.
-                let others = if thread::count_others() == Ok(1) { Others::None } else { Others::Some };
+                // The only thread of the program is the one that waits for this, and the kernel writes nothing for it.
+                let alone = thread::count_others() == Ok(1) && !engine::has_lent_pages();
+                let others = if alone { Others::None } else { Others::Some };
                 dmirror.ioctl(lane, &file.flags, number, argument, others)
             }
         }

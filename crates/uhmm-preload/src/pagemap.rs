@@ -230,41 +230,39 @@ pub(crate) fn scan(fd: RawFd, argument: *mut c_void, ask_fn: &dyn Fn(*mut c_void
         |n: u64, r: Region| write(arg.vec.wrapping_add(n.wrapping_mul(24)), &[r.start, r.end, r.categories]);
     let mut found = Found { arg, regions: 0, pages: 0, last: Region::default(), write_fn: &mut write_fn };
     let mut end = arg.end;
-    'all: for from in (range.start().get()..range.end().get()).step_by(PIECE << PAGE_SHIFT) {
-        let to = (from + ((PIECE as u64) << PAGE_SHIFT)).min(range.end().get());
+    let mut from = range.start().get();
+    'all: while from < range.end().get() {
         let mut regions = [Region::default(); PIECE];
+        // Without a condition each page of a mapping is told of, and no other.
         let mut own = ScanArg {
             size: ARG_BYTES,
             start: from,
-            end: to,
+            end: range.end().get(),
             vec: VirtAddr::of(regions.as_mut_ptr()).get(),
             vec_len: PIECE as u64,
-            // Without a condition each page of a mapping is told of, and no other.
+            max_pages: PIECE as u64,
             returned: ALL,
             ..ScanArg::default()
         };
         let count = usize::try_from(ask_fn((&raw mut own).cast())).ok()?;
-        let mut categories = [None; PIECE];
         for region in &regions[..count.min(PIECE)] {
             for at in (region.start..region.end).step_by(1 << PAGE_SHIFT) {
-                let n = usize::try_from((at - from) >> PAGE_SHIFT).ok()?;
-                *categories.get_mut(n)? = Some(region.categories);
-            }
-        }
-        for (at, categories) in (from..to).step_by(1 << PAGE_SHIFT).zip(categories) {
-            let Some(mut categories) = categories else { continue };
-            if categories & (IS_PRESENT | IS_SWAPPED) == 0 && engine::is_away(VirtAddr::new(at)) {
-                categories |= IS_SWAPPED;
-            }
-            match found.page(at, categories) {
-                Ok(()) => {}
-                Err(Stop::Fault) => return Some(Err(libc::EFAULT)),
-                Err(Stop::At(at)) => {
-                    end = at;
-                    break 'all;
+                let is_there = region.categories & (IS_PRESENT | IS_SWAPPED) != 0;
+                let away = if !is_there && engine::is_away(VirtAddr::new(at)) { IS_SWAPPED } else { 0 };
+                match found.page(at, region.categories | away) {
+                    Ok(()) => {}
+                    Err(Stop::Fault) => return Some(Err(libc::EFAULT)),
+                    Err(Stop::At(at)) => {
+                        end = at;
+                        break 'all;
+                    }
                 }
             }
         }
+        if own.walk_end <= from {
+            break;
+        }
+        from = own.walk_end;
     }
     if !write(VirtAddr::of(argument).get() + 32, &[end]) {
         return Some(Err(libc::EFAULT));

@@ -354,9 +354,11 @@ pub fn count_others() -> Result<usize, Errno> {
     Ok(others)
 }
 
-/// Calls `f` while no signal is handled on the calling thread.
+/// Calls `f` while no signal is handled on the calling thread, but `SIGSYS`: where system calls are caught (see
+/// [`crate::dispatch`]) that is how `f` makes them.
 pub fn without_signals<T>(f: impl FnOnce() -> T) -> T {
-    let before = set_signals(!LIBRARY_SIGNALS);
+    const SIGSYS: u64 = 1 << (31 - 1);
+    let before = set_signals(!(LIBRARY_SIGNALS | SIGSYS));
     let result = f();
     set_signals(before);
     result

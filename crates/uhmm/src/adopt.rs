@@ -83,20 +83,19 @@ impl<O: Os> Core<O> {
             };
             let (target, copy) = (of(block), of(scratch.start()));
             let host = HostBytes::in_arena(copy.start(), bytes).expect("pages that the arena handed out");
-            if self.os.read(target.start(), host).done != bytes {
-                continue;
-            }
+            // Before the copy: what a device stores behind it would be lost.
             let change = self.changes.announce(target);
             drop(self.invalidate(&Invalidation { range: target, cause: Cause::Unmap, owner: None }));
-            let mut done = self.os.lift(copy, target);
-            if done.is_ok() && vma.prot != Prot::READ | Prot::WRITE {
+            let copied = self.os.read(target.start(), host).done == bytes;
+            let mut done = if copied { self.os.lift(copy, target) } else { Ok(()) };
+            if copied && done.is_ok() && vma.prot != Prot::READ | Prot::WRITE {
                 done = self.os.protect(target, vma.prot);
             }
             if let Some(number) = change {
                 self.changes.over(number);
             }
             done?;
-            adopted += run.count;
+            adopted += if copied { run.count } else { 0 };
         }
         Ok(adopted)
     }

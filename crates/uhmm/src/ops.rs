@@ -42,8 +42,11 @@ fn done(result: Result<(), Errno>) -> Reply {
 
 impl<O: Os> Core<O> {
     pub(crate) fn execute(&'static self, ctx: &mut Ctx, job: &Job, request: Request) -> Reply {
-        // Who asks may have changed its address space just now, and gone on when that was read.
-        self.gate.wait_open();
+        // Who asks may have changed its address space just now, and gone on when that was read. To invalidate nothing has to be
+        // known, and a callback may do it while an event is applied.
+        if !matches!(request, Request::Invalidate { .. }) {
+            self.gate.wait_open();
+        }
         match request {
             Request::Migrate { range, plan } => {
                 self.refresh_excluded(ctx);

@@ -399,6 +399,10 @@ impl<O: Os> Core<O> {
             if !entry.is_live() {
                 return;
             }
+            // A change that was announced is not over: what is found now will not be so.
+            if self.changes.any_in(PageRange::block_of(part.start())) {
+                continue;
+            }
             let Ok(Some(vma)) = self.os.vma(part.start()) else { continue };
             let Some(part) = vma.range.intersection(part) else { continue };
             let writable = vma.prot.contains(Prot::WRITE);
