@@ -11,15 +11,25 @@
 
 use std::{
     ffi::{CStr, c_char, c_int, c_uint, c_void},
-    os::fd::IntoRawFd,
+    os::fd::{BorrowedFd, IntoRawFd, RawFd},
 };
 
 use libc::{mode_t, off64_t, size_t, ssize_t};
+use uhmm_sys::token::TokenId;
 
 use crate::{
     interpose::{call_next, errno, set_errno, unseen},
     next, nodes, pagemap,
 };
+
+/// Which file a descriptor of the program's is, if it is one.
+pub(crate) fn identity(fd: RawFd) -> Option<TokenId> {
+    if fd < 0 {
+        return None;
+    }
+    // SAFETY: for one system call, which answers EBADF where it is no descriptor.
+    TokenId::of(unsafe { BorrowedFd::borrow_raw(fd) }).ok()
+}
 
 /// The answer of an `open`, which is ours where there was nothing and `path` names a node.
 ///

@@ -37,7 +37,7 @@ use uhmm::{
     mm::Changing,
     still::still,
 };
-use uhmm_sys::{access, dispatch};
+use uhmm_sys::{access, dispatch, pagemap::IOC_SCAN};
 
 use crate::{
     engine, locked, next, nodes, pagemap,
@@ -397,7 +397,7 @@ unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -
             }
         };
     }
-    if request == c_ulong::from(pagemap::SCAN) && pagemap::any() {
+    if request == IOC_SCAN && pagemap::any() {
         let ask = |argument: *mut c_void| {
             call_next!(next::IOCTL, -1, fn(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int)
         };

@@ -28,11 +28,11 @@
 //! # Kernel
 //! `lib/test_hmm.c`.
 //
-// UNSAFETY: descriptors come as numbers, and the workers' state is behind a pointer that a forked child forgets.
+// UNSAFETY: the workers' state is behind a pointer that a forked child forgets.
 
 use std::{
     ffi::CStr,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     sync::{
         Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{
@@ -54,6 +54,7 @@ use uhmm_sys::{
 };
 
 use crate::{
+    descriptors::identity,
     engine,
     say::{Files, say},
     turn::Turns,
@@ -155,11 +156,10 @@ pub(crate) fn any() -> bool {
 
 /// The open file behind a descriptor.
 fn find(fd: RawFd) -> Option<&'static OpenFile> {
-    if !any() || fd < 0 {
+    if !any() {
         return None;
     }
-    // SAFETY: for one system call, which answers EBADF where it is no descriptor.
-    let id = TokenId::of(unsafe { BorrowedFd::borrow_raw(fd) }).ok()?;
+    let id = identity(fd)?;
     OPEN_FILES.iter().find(|file| file.is(id))
 }
 

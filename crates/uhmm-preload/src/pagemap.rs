@@ -8,11 +8,11 @@
 //! # Kernel
 //! `Documentation/admin-guide/mm/pagemap.rst`: a word for each page, bit 63 present, bit 62 swapped.
 //
-// UNSAFETY: the program's buffer comes as a pointer, and its descriptors as numbers.
+// UNSAFETY: the program's buffer comes as a pointer.
 
 use std::{
     ffi::{CStr, c_void},
-    os::fd::{BorrowedFd, RawFd},
+    os::fd::RawFd,
     sync::atomic::{
         AtomicU64, AtomicUsize,
         Ordering::{AcqRel, Acquire, Relaxed, Release},
@@ -22,10 +22,11 @@ use std::{
 use uhmm_sys::{
     access,
     addr::{PAGE_SHIFT, PageRange, TASK_SIZE, VirtAddr},
+    pagemap::{IS_PRESENT, IS_SWAPPED, Region, ScanArg},
     token::TokenId,
 };
 
-use crate::engine;
+use crate::{descriptors::identity, engine};
 
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
@@ -49,7 +50,7 @@ pub(crate) fn opened(path: &CStr, fd: RawFd) {
     if !is_own(path) {
         return;
     }
-    let Some(id) = id(fd) else { return };
+    let Some(id) = identity(fd) else { return };
     let known = FILES.iter().any(|file| is(file, id));
     if !known {
         // The oldest is forgotten where there are more.
@@ -57,14 +58,6 @@ pub(crate) fn opened(path: &CStr, fd: RawFd) {
         file[0].store(id.device, Relaxed);
         file[1].store(id.inode, Release);
     }
-}
-
-fn id(fd: RawFd) -> Option<TokenId> {
-    if fd < 0 {
-        return None;
-    }
-    // SAFETY: for one system call, which answers EBADF where it is no descriptor.
-    TokenId::of(unsafe { BorrowedFd::borrow_raw(fd) }).ok()
 }
 
 fn is(file: &[AtomicU64; 2], id: TokenId) -> bool {
@@ -81,7 +74,10 @@ pub(crate) fn any() -> bool {
 /// # Safety
 /// `len` bytes were just read to `buffer`, and nobody else uses them.
 pub(crate) unsafe fn correct(fd: RawFd, buffer: *mut c_void, len: usize, offset: u64) {
-    if !engine::is_running() || !offset.is_multiple_of(8) || !id(fd).is_some_and(|id| FILES.iter().any(|f| is(f, id))) {
+    if !engine::is_running()
+        || !offset.is_multiple_of(8)
+        || !identity(fd).is_some_and(|id| FILES.iter().any(|f| is(f, id)))
+    {
         return;
     }
     for n in 0..len / 8 {
@@ -102,57 +98,37 @@ pub(crate) unsafe fn correct(fd: RawFd, buffer: *mut c_void, len: usize, offset:
 
 // `PAGEMAP_SCAN`.
 
-/// `_IOWR('f', 16, struct pm_scan_arg)`.
-pub(crate) const SCAN: u32 = 0xc060_6610;
 /// Its flag by which what is found is protected at once: nothing that is away can be.
 const WP_MATCHING: u64 = 1;
 
-/// `struct pm_scan_arg`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct ScanArg {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    inverted: u64,
-    mask: u64,
-    anyof: u64,
-    returned: u64,
-}
+const ARG_WORDS: usize = size_of::<ScanArg>() / 8;
 
-const ARG_WORDS: usize = 12;
-const ARG_BYTES: u64 = 8 * ARG_WORDS as u64;
-
-impl ScanArg {
-    fn from_words(w: [u64; ARG_WORDS]) -> Self {
-        let [size, flags, start, end, walk_end, vec, vec_len, max_pages, inverted, mask, anyof, returned] = w;
-        Self { size, flags, start, end, walk_end, vec, vec_len, max_pages, inverted, mask, anyof, returned }
-    }
-
-    /// Whether a page of these categories is asked for.
-    const fn wants(&self, categories: u64) -> bool {
-        let seen = categories ^ self.inverted;
-        seen & self.mask == self.mask && (self.anyof == 0 || seen & self.anyof != 0)
+/// The structure from its words, in their order.
+const fn from_words(w: [u64; ARG_WORDS]) -> ScanArg {
+    let [size, flags, start, end, walk_end, vec, vec_len, max_pages, inverted, mask, anyof, returned] = w;
+    ScanArg {
+        size,
+        flags,
+        start,
+        end,
+        walk_end,
+        vec,
+        vec_len,
+        max_pages,
+        category_inverted: inverted,
+        category_mask: mask,
+        category_anyof_mask: anyof,
+        return_mask: returned,
     }
 }
 
-/// `struct page_region`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Region {
-    start: u64,
-    end: u64,
-    categories: u64,
+/// Whether a page of these categories is asked for.
+const fn wants(arg: &ScanArg, categories: u64) -> bool {
+    let seen = categories ^ arg.category_inverted;
+    seen & arg.category_mask == arg.category_mask
+        && (arg.category_anyof_mask == 0 || seen & arg.category_anyof_mask != 0)
 }
 
-/// Categories of pages.
-const IS_PRESENT: u64 = 1 << 3;
-const IS_SWAPPED: u64 = 1 << 4;
 /// All that Linux 6.18 knows.
 const ALL: u64 = 0xff;
 
@@ -180,10 +156,10 @@ enum Stop {
 impl Found<'_> {
     /// Takes a page, in ascending order.
     fn page(&mut self, at: u64, categories: u64) -> Result<(), Stop> {
-        if !self.arg.wants(categories) {
+        if !wants(&self.arg, categories) {
             return Ok(());
         }
-        let categories = categories & self.arg.returned;
+        let categories = categories & self.arg.return_mask;
         let next = at + (1 << PAGE_SHIFT);
         if self.arg.vec_len > 0 {
             if self.regions > 0 && self.last.end == at && self.last.categories == categories {
@@ -205,7 +181,7 @@ impl Found<'_> {
 
 /// Answers a `PAGEMAP_SCAN` in which something is away; `None` where the kernel's own answer is right. `ask_fn` is the next `ioctl`.
 pub(crate) fn scan(fd: RawFd, argument: *mut c_void, ask_fn: &dyn Fn(*mut c_void) -> i32) -> Option<Result<i32, i32>> {
-    if !engine::is_running() || !id(fd).is_some_and(|id| FILES.iter().any(|f| is(f, id))) {
+    if !engine::is_running() || !identity(fd).is_some_and(|id| FILES.iter().any(|f| is(f, id))) {
         return None;
     }
     let mut bytes = [0; 8 * ARG_WORDS];
@@ -214,10 +190,11 @@ pub(crate) fn scan(fd: RawFd, argument: *mut c_void, ask_fn: &dyn Fn(*mut c_void
     for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<8>().0) {
         *word = u64::from_ne_bytes(*bytes);
     }
-    let arg = ScanArg::from_words(words);
+    let arg = from_words(words);
     let range = PageRange::from_ends(VirtAddr::new(arg.start), VirtAddr::new(arg.end.min(TASK_SIZE))).ok()?;
-    let known = (arg.mask | arg.anyof | arg.inverted | arg.returned) & !ALL == 0;
-    if arg.size != ARG_BYTES || !known || arg.flags & WP_MATCHING != 0 || !engine::is_any_away(range) {
+    let known = (arg.category_mask | arg.category_anyof_mask | arg.category_inverted | arg.return_mask) & !ALL == 0;
+    if arg.size != size_of::<ScanArg>() as u64 || !known || arg.flags & WP_MATCHING != 0 || !engine::is_any_away(range)
+    {
         return None;
     }
     let write = |at: u64, words: &[u64]| {
@@ -235,13 +212,13 @@ pub(crate) fn scan(fd: RawFd, argument: *mut c_void, ask_fn: &dyn Fn(*mut c_void
         let mut regions = [Region::default(); PIECE];
         // Without a condition each page of a mapping is told of, and no other.
         let mut own = ScanArg {
-            size: ARG_BYTES,
+            size: size_of::<ScanArg>() as u64,
             start: from,
             end: range.end().get(),
             vec: VirtAddr::of(regions.as_mut_ptr()).get(),
             vec_len: PIECE as u64,
             max_pages: PIECE as u64,
-            returned: ALL,
+            return_mask: ALL,
             ..ScanArg::default()
         };
         let count = usize::try_from(ask_fn((&raw mut own).cast())).ok()?;
@@ -290,7 +267,7 @@ mod tests {
 
     #[test]
     fn pages_that_are_alike_are_one_region() {
-        let arg = ScanArg { vec_len: 9, anyof: ALL, returned: ALL, ..ScanArg::default() };
+        let arg = ScanArg { vec_len: 9, category_anyof_mask: ALL, return_mask: ALL, ..ScanArg::default() };
         let pages = [8, 8, 0, 8, 16, 16];
         assert_eq!(scanned(arg, &pages), (vec![(0, 2, 8), (3, 4, 8), (4, 6, 16)], 5, None));
         let few = ScanArg { vec_len: 2, ..arg };
@@ -301,9 +278,9 @@ mod tests {
 
     #[test]
     fn what_is_asked_for_is_found() {
-        let swapped = ScanArg { vec_len: 9, mask: IS_SWAPPED, returned: IS_SWAPPED, ..ScanArg::default() };
+        let swapped = ScanArg { vec_len: 9, category_mask: IS_SWAPPED, return_mask: IS_SWAPPED, ..ScanArg::default() };
         assert_eq!(scanned(swapped, &[8, 16, 24]).0, [(1, 3, 16)]);
-        let not_present = ScanArg { inverted: IS_PRESENT, mask: IS_PRESENT, ..swapped };
+        let not_present = ScanArg { category_inverted: IS_PRESENT, category_mask: IS_PRESENT, ..swapped };
         assert_eq!(scanned(not_present, &[8, 16, 0]).0, [(1, 2, 16), (2, 3, 0)]);
         let counted = ScanArg { vec_len: 0, ..swapped };
         assert_eq!(scanned(counted, &[16, 16]), (vec![], 2, None));

@@ -49,35 +49,56 @@ impl Page {
     }
 }
 
+/// `struct pm_scan_arg`: what `PAGEMAP_SCAN` is given, and tells.
 #[repr(C)]
-struct ScanArg {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ScanArg {
+    /// Bytes of this structure.
+    pub size: u64,
+    /// Whether what is found is write-protected, and where.
+    pub flags: u64,
+    /// First address.
+    pub start: u64,
+    /// First address behind.
+    pub end: u64,
+    /// Told: how far the kernel has looked.
+    pub walk_end: u64,
+    /// Where the regions go.
+    pub vec: u64,
+    /// How many there is room for.
+    pub vec_len: u64,
+    /// How many pages are looked for at most; 0 for all.
+    pub max_pages: u64,
+    /// Categories that are turned round before they are compared.
+    pub category_inverted: u64,
+    /// Categories all of which a page must have.
+    pub category_mask: u64,
+    /// Categories one of which it must have, if there are any.
+    pub category_anyof_mask: u64,
+    /// Categories that are told of.
+    pub return_mask: u64,
 }
 
+/// `struct page_region`: neighbours of the same categories.
 #[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Region {
-    start: u64,
-    end: u64,
-    categories: u64,
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Region {
+    /// First address.
+    pub start: u64,
+    /// First address behind.
+    pub end: u64,
+    /// What its pages are.
+    pub categories: u64,
 }
 
-const IOC_SCAN: u64 = raw::iowr::<ScanArg>(b'f', 16);
+/// `PAGEMAP_SCAN`.
+pub const IOC_SCAN: u64 = raw::iowr::<ScanArg>(b'f', 16);
 const IS_WRITTEN: u64 = 1 << 1;
 const IS_FILE: u64 = 1 << 2;
-const IS_PRESENT: u64 = 1 << 3;
-const IS_SWAPPED: u64 = 1 << 4;
+/// `PAGE_IS_PRESENT`.
+pub const IS_PRESENT: u64 = 1 << 3;
+/// `PAGE_IS_SWAPPED`.
+pub const IS_SWAPPED: u64 = 1 << 4;
 const IS_PFNZERO: u64 = 1 << 5;
 const IS_HUGE: u64 = 1 << 6;
 
@@ -171,18 +192,15 @@ impl Pagemap {
     ) -> Result<(usize, VirtAddr), Errno> {
         let mut arg = ScanArg {
             size: size_of::<ScanArg>() as u64,
-            flags: 0,
             start: range.start().get(),
             end: range.end().get(),
-            walk_end: 0,
             vec: raw::ptr_arg(regions.as_mut_ptr()),
             vec_len: regions.len() as u64,
             max_pages,
-            category_inverted: 0,
-            category_mask: 0,
             // Holes are not reported.
             category_anyof_mask: IS_PRESENT | IS_SWAPPED,
             return_mask: IS_WRITTEN | IS_FILE | IS_PRESENT | IS_SWAPPED | IS_PFNZERO | IS_HUGE,
+            ..ScanArg::default()
         };
         // SAFETY: the structure of this ioctl; `vec` is an array of `vec_len` plain structures.
         let filled = unsafe { raw::ioctl(self.fd.as_fd(), IOC_SCAN, &mut arg) }?;

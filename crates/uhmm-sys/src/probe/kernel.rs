@@ -10,6 +10,7 @@ use super::{Found, scratch::Scratch};
 use crate::{
     Errno,
     addr::{PAGE_SHIFT, PAGE_SIZE, VirtAddr},
+    pagemap::{IOC_SCAN, IS_PRESENT, Region, ScanArg},
     raw,
 };
 
@@ -46,38 +47,6 @@ pub(super) fn pagemap_entry(addr: VirtAddr) -> Result<u64, Errno> {
     }
 }
 
-/// `struct pm_scan_arg`.
-#[repr(C)]
-#[derive(Default)]
-struct ScanArg {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-/// `struct page_region`.
-#[repr(C)]
-#[derive(Default)]
-struct ScanRegion {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
-
-/// `PAGE_IS_PRESENT`.
-const SCAN_PRESENT: u64 = 1 << 3;
-/// `PAGEMAP_SCAN`.
-const IOC_SCAN: u64 = raw::iowr::<ScanArg>(b'f', 16);
-
 pub(super) fn syscall_dispatch() -> Found {
     match crate::dispatch::probe() {
         Ok(()) => Found::ok("a thread can have its system calls caught"),
@@ -94,21 +63,21 @@ pub(super) fn pagemap_scan() -> Found {
         scratch.advise(libc::MADV_NOHUGEPAGE).or_else(|e| if e == Errno::INVAL { Ok(()) } else { Err(e) })?;
         scratch.store(PAGE_SIZE, 1);
         let pagemap = raw::open(c"/proc/self/pagemap", libc::O_RDONLY)?;
-        let mut region = ScanRegion::default();
+        let mut region = Region::default();
         let mut arg = ScanArg {
             size: size_of::<ScanArg>() as u64,
             start: scratch.start().get(),
             end: scratch.range().end().get(),
             vec: raw::ptr_arg(&raw mut region),
             vec_len: 1,
-            category_mask: SCAN_PRESENT,
-            return_mask: SCAN_PRESENT,
+            category_mask: IS_PRESENT,
+            return_mask: IS_PRESENT,
             ..ScanArg::default()
         };
         // SAFETY: the structure of this ioctl, all numbers; it points at one region, a local, which the kernel fills.
         let regions = unsafe { raw::ioctl(pagemap.as_fd(), IOC_SCAN, &mut arg) }?;
         let second = (scratch.start().add(PAGE_SIZE).get(), scratch.range().end().get());
-        Ok(regions == 1 && (region.start, region.end) == second && region.categories & SCAN_PRESENT != 0)
+        Ok(regions == 1 && (region.start, region.end) == second && region.categories & IS_PRESENT != 0)
     };
     match try_it() {
         Ok(true) => Found::ok("found the touched page of two"),
