@@ -27,6 +27,7 @@ use crate::{
     migrate::SPARE_RECORDS,
     os::{ChildMm, Event, Os},
     page_set::PageSet,
+    sleepers::Sleepers,
     staging::Left,
     thread::Ctx,
     trace::{Counter, Why},
@@ -49,6 +50,7 @@ impl<O: Os> Core<O> {
     /// # Locking
     /// The caller holds no page and is outside the gate.
     pub(crate) fn pump(&'static self, ctx: &mut Ctx) -> Pumped {
+        let mut sleepers = Sleepers::new(|pages| self.os.wake(pages));
         let fault = {
             let mut reader = self.lock_reader();
             self.gate.close();
@@ -59,7 +61,10 @@ impl<O: Os> Core<O> {
                     reader.arrivals.clear();
                 }
             }
-            let fault = match self.next_event() {
+            // Who may serve no more faults lets them wait for whoever keeps this thread from serving its own.
+            let next =
+                if ctx.depth < MAX_DEPTH { self.next_event() } else { sleepers.next_change(|| self.next_event()) };
+            let fault = match next {
                 Ok(None) => None,
                 Ok(Some(Event::Fault { addr, tid })) => Some((addr, tid)),
                 Ok(Some(event)) => {
@@ -74,7 +79,7 @@ impl<O: Os> Core<O> {
                     self.gate.open();
                     return Pumped::Event;
                 }
-                Err(error) => panic!("reading the userfaultfd failed: {error}"),
+                Err(error) => panic!("{UNREADABLE}: {error}"),
             };
             self.devices.for_each(|entry| entry.device().open_gate());
             self.gate.open();
@@ -82,11 +87,6 @@ impl<O: Os> Core<O> {
         };
         let Some((addr, tid)) = fault else { return Pumped::Nothing };
         let read_ns = self.os.now_ns();
-        if ctx.depth >= MAX_DEPTH {
-            // Let it fault anew; by then whoever keeps us from serving it may be done.
-            self.os.wake(PageRange::page_of(addr));
-            return Pumped::Fault;
-        }
         ctx.depth += 1;
         if self.serve_fault(ctx, addr, Haste::CanWait(tid)) == Served::Now {
             self.record_fault(read_ns);
@@ -265,6 +265,7 @@ impl<O: Os> Core<O> {
     fn clear_the_way(&'static self, range: PageRange, reader: &mut Reader<O::Child>) {
         let mut start = std::time::Instant::now();
         let mut spins = 0;
+        let mut sleepers = Sleepers::new(|pages| self.os.wake(pages));
         while let Some((block, i)) = self.any_unsettled(range) {
             if block.word(i).is_cpu() {
                 // On its way from there, or about to stay: nobody says so in an event.
@@ -280,8 +281,11 @@ impl<O: Os> Core<O> {
             let event = match reader.deferred.take_first(concerns) {
                 Some(event) => Some(event),
                 None if reader.deferred.is_full() => None,
-                None => self.next_event().unwrap_or_else(|error| panic!("reading the userfaultfd failed: {error}")),
+                None => {
+                    sleepers.next_change(|| self.next_event()).unwrap_or_else(|error| panic!("{UNREADABLE}: {error}"))
+                }
             };
+            sleepers.wake();
             // Whoever is about to say so needs a processor; those whose events are read use it.
             pause(&mut spins);
             match event {
@@ -300,7 +304,6 @@ impl<O: Os> Core<O> {
                     self.remap(from, to, len, reader);
                     start = std::time::Instant::now();
                 }
-                Some(Event::Fault { addr, .. }) => self.os.wake(PageRange::page_of(addr)),
                 Some(event) => reader.deferred.put(event),
                 None => {}
             }
@@ -386,12 +389,11 @@ impl<O: Os> Core<O> {
             pause(&mut spins);
             transit.block().note_wait(i, spins, &mut start);
             if self.lifts.any() && !reader.deferred.is_full() {
-                match self.next_event() {
-                    // It faults anew, and is served when the gate is open.
-                    Ok(Some(Event::Fault { addr, .. })) => self.os.wake(PageRange::page_of(addr)),
+                let mut sleepers = Sleepers::new(|pages| self.os.wake(pages));
+                match sleepers.next_change(|| self.next_event()) {
                     Ok(Some(event)) => reader.deferred.put(event),
                     Ok(None) => {}
-                    Err(error) => panic!("reading the userfaultfd failed: {error}"),
+                    Err(error) => panic!("{UNREADABLE}: {error}"),
                 }
             }
             self.lifts.looked();
@@ -425,6 +427,9 @@ impl<O: Os> Core<O> {
         changing
     }
 }
+
+/// What the kernel is not known to answer.
+const UNREADABLE: &str = "reading the userfaultfd failed";
 
 /// What the reader keeps from one message to the next.
 #[derive(Debug)]

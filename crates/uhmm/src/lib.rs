@@ -31,6 +31,7 @@ pub mod policy;
 mod range;
 pub mod reclaim;
 pub mod session;
+mod sleepers;
 mod staging;
 pub mod still;
 pub mod stress;
