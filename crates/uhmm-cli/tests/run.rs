@@ -676,6 +676,18 @@ fn with_from_start_even_what_ends_at_once_is_managed() {
 }
 
 #[test]
+fn a_program_waits_for_its_engine_no_longer_than_it_is_told() {
+    if !moves() {
+        return;
+    }
+    for (strict, code) in [("0", 7), ("1", 125)] {
+        let done = run(uhmm(&["--from-start=0", "--stress"]).args(["sh", "-c", "exit 7"]).env("UHMM_STRICT", strict));
+        assert_eq!(done.code(), code, "{}", done.err);
+        assert!(done.err.contains("its engine has not started within 0"), "{}", done.err);
+    }
+}
+
+#[test]
 fn children_of_children_of_children_each_have_an_engine() {
     let dir = Dir::new("deep");
     let program = dir.program("deep");

@@ -50,9 +50,9 @@ use crate::{
 const HEAD_START: Duration = Duration::from_millis(20);
 /// How often to look whether the program takes so much memory that there is no time to lose.
 const STEP: Duration = Duration::from_millis(2);
-/// How long a program waits for its engine, where it does.
+/// How long a program waits for its engine that opens a node.
 const START_PATIENCE: Duration = Duration::from_secs(30);
-/// The part of it for which it waits at a time.
+/// The part of its patience for which a program waits at a time.
 const PATIENCE_STEP: Duration = Duration::from_millis(100);
 /// How long a stress access of a device fights for a page before the next one has its turn.
 const ACCESS_BUDGET: Duration = Duration::from_millis(20);
@@ -63,7 +63,8 @@ struct Orders {
     devices: Vec<DeviceSpec>,
     resident: Option<u64>,
     stress: Option<u64>,
-    from_start: bool,
+    /// How long the program waits for its engine, where it does.
+    from_start: Option<Duration>,
     stats: Option<Stats>,
 }
 
@@ -123,7 +124,8 @@ pub(crate) fn ensure() -> Result<&'static Mm, Errno> {
     if !is_ordered() {
         // See `start`; to open a node is the first that this process has of uhmm.
         let prepared = arena::init(ARENA_BYTES).map_err(|errno| format!("no address space for the engine: {errno}"));
-        let orders = Orders { devices: Vec::new(), resident: None, stress: None, from_start: true, stats: None };
+        let orders =
+            Orders { devices: Vec::new(), resident: None, stress: None, from_start: Some(START_PATIENCE), stats: None };
         if let Err(why) = prepared.and_then(|_| prepare(orders)) {
             fail(Files::Program, format_args!("{why}"));
             return Err(Errno::NODEV);
@@ -133,7 +135,7 @@ pub(crate) fn ensure() -> Result<&'static Mm, Errno> {
         schedule();
     }
     if SCHEDULED.load(Acquire) {
-        wait_until_settled();
+        wait_until_settled(START_PATIENCE);
     }
     running().filter(|running| running.pid == std::process::id()).map(|running| &running.mm).ok_or(Errno::NODEV)
 }
@@ -181,7 +183,8 @@ fn read_orders(environment: &Environment) -> Result<Orders, String> {
     // Where the figures cannot be shared (another user's process, another container) nobody misses this one's.
     let stats = text(session::SESSION)?.and_then(join);
     let (resident, stress) = (number(session::RESIDENT)?, number(session::STRESS)?);
-    Ok(Orders { devices, resident, stress, from_start: number(session::FROM_START)? == Some(1), stats })
+    let from_start = number(session::FROM_START)?.map(Duration::from_secs);
+    Ok(Orders { devices, resident, stress, from_start, stats })
 }
 
 fn join(path: &str) -> Option<Stats> {
@@ -213,14 +216,14 @@ fn schedule() {
         return fail(Files::Program, format_args!("no thread to start with: {errno}"));
     }
     SCHEDULED.store(true, Release);
-    if ORDERS.get().is_some_and(|orders| orders.from_start) {
-        wait_until_settled();
+    if let Some(patience) = ORDERS.get().and_then(|orders| orders.from_start) {
+        wait_until_settled(patience);
     }
 }
 
-fn wait_until_settled() {
-    if !is_settled_in_time() {
-        fail(Files::Program, format_args!("its engine does not start within {START_PATIENCE:?}"));
+fn wait_until_settled(patience: Duration) {
+    if !is_settled_within(patience) {
+        fail(Files::Program, format_args!("its engine has not started within {patience:?}"));
     }
 }
 
@@ -228,8 +231,8 @@ fn wait_until_settled() {
 ///
 /// Each wait counts for its step at most: a machine that is stopped for a minute (a virtual one that is moved, or
 /// a snapshot of which is taken) finds that minute gone on the clock, in which the engine could not do anything either.
-fn is_settled_in_time() -> bool {
-    let mut left = START_PATIENCE;
+fn is_settled_within(patience: Duration) -> bool {
+    let mut left = patience;
     while SETTLED.load(Acquire) == 0 && !left.is_zero() {
         let start = Instant::now();
         let _ = futex::wait(&SETTLED, 0, Some(PATIENCE_STEP));
@@ -264,7 +267,7 @@ fn starter(_: usize) {
 }
 
 fn start_engine(orders: &Orders) {
-    if !orders.from_start {
+    if orders.from_start.is_none() {
         wait_until_worth_it(orders);
     }
     // Before the devices are made, whose files the engine's threads inherit.

@@ -15,10 +15,11 @@ use std::{
             Ordering::{Acquire, Relaxed, Release},
         },
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use uhmm_sys::{
+    Errno,
     addr::VirtAddr,
     arena, futex,
     mem::shared_slice,
@@ -308,6 +309,40 @@ fn a_forked_child_can_have_raw_threads() {
     });
     assert_eq!(status, 0);
     assert_eq!(SEEN.load(Acquire), 0, "the child's memory is its own");
+}
+
+#[test]
+fn a_thread_that_cannot_be_had_is_asked_for_for_a_second() {
+    assert!(thread::spawn(Kind::Raw, "first", None, |_| (), 0).unwrap().join(PATIENCE));
+    let status = common::in_child(|| {
+        arena::reset_lock_after_fork();
+        thread::forget_after_fork();
+        // Nobody may have a thread more, but for root.
+        // SAFETY: a plain system call, of a process with one thread.
+        unsafe { libc::syscall(libc::SYS_setresuid, 65_534, 65_534, 65_534) };
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: the kernel fills the local structure in.
+        unsafe { libc::getrlimit(libc::RLIMIT_NPROC, &raw mut limit) };
+        let none = libc::rlimit { rlim_cur: 0, ..limit };
+        for (round, kind) in [(0, Kind::Raw), (1, Kind::Pthread)] {
+            // SAFETY: the kernel reads the local structure.
+            unsafe { libc::setrlimit(libc::RLIMIT_NPROC, &raw const none) };
+            let start = Instant::now();
+            if thread::spawn(kind, "none", None, |_| (), 0).err() != Some(Errno::AGAIN) {
+                return 10 * round + 1;
+            }
+            if start.elapsed() < Duration::from_millis(900) {
+                return 10 * round + 2;
+            }
+            // SAFETY: as above.
+            unsafe { libc::setrlimit(libc::RLIMIT_NPROC, &raw const limit) };
+            if !thread::spawn(kind, "one", None, |_| (), 0).is_ok_and(|thread| thread.join(PATIENCE)) {
+                return 10 * round + 3;
+            }
+        }
+        0
+    });
+    assert_eq!(status, 0);
 }
 
 fn sleep_for_ever(word: usize) {

@@ -261,7 +261,8 @@ impl<O: Os> Core<O> {
     }
 
     /// Waits until nothing is away at `range`, or on its way, to which a mapping has moved: what was there has left, and who
-    /// unmapped or moved it is about to say so, or has in an event that was deferred.
+    /// unmapped or moved it is about to say so, or has in an event that was deferred. If nobody is, it left in a way that the
+    /// kernel does not tell of: `shmat` with `SHM_REMAP`.
     fn clear_the_way(&'static self, range: PageRange, reader: &mut Reader<O::Child>) {
         let mut start = std::time::Instant::now();
         let mut spins = 0;
@@ -270,7 +271,6 @@ impl<O: Os> Core<O> {
             if block.word(i).is_cpu() {
                 // On its way from there, or about to stay: nobody says so in an event.
                 self.hold_draining(&mut Transit::new(block, self), i, reader);
-                start = std::time::Instant::now();
                 continue;
             }
             let concerns = |event: &Event<O::Child>| match event {
@@ -278,6 +278,8 @@ impl<O: Os> Core<O> {
                 Event::Remap { from, len, .. } => PageRange::new(*from, *len).is_ok_and(|old| old.overlaps(range)),
                 _ => false,
             };
+            // First: where nothing is changing now, all that there is to say of what was there before has been read below.
+            let changing = self.os.is_changing();
             let event = match reader.deferred.take_first(concerns) {
                 Some(event) => Some(event),
                 None if reader.deferred.is_full() => None,
@@ -286,14 +288,10 @@ impl<O: Os> Core<O> {
                 }
             };
             sleepers.wake();
-            // Whoever is about to say so needs a processor; those whose events are read use it.
-            pause(&mut spins);
             match event {
                 Some(Event::Unmap(gone)) if gone.overlaps(range) => {
                     // Of these pages it is known that they left.
                     self.drop_pages(gone.intersection(range).expect("they overlap"), reader);
-                    // That may have had to wait for a device.
-                    start = std::time::Instant::now();
                     for (from, to) in [(gone.start(), range.start()), (range.end(), gone.end())] {
                         if let Ok(beside) = PageRange::from_ends(from, to) {
                             self.unmapped(beside, reader);
@@ -302,17 +300,19 @@ impl<O: Os> Core<O> {
                 }
                 Some(Event::Remap { from, to, len }) if concerns(&Event::Remap { from, to, len }) => {
                     self.remap(from, to, len, reader);
-                    start = std::time::Instant::now();
                 }
-                Some(event) => reader.deferred.put(event),
-                None => {}
+                None if !changing => self.drop_pages(range, reader),
+                other => {
+                    if let Some(event) = other {
+                        reader.deferred.put(event);
+                    }
+                    // Whoever is about to say so needs a processor; those whose events are read use it.
+                    pause(&mut spins);
+                    block.note_wait(i, spins, &mut start);
+                }
             }
             // Who lifts holds pages, and waits to know whether its event was among these.
             self.lifts.looked();
-            if block.word(i).locked() {
-                start = std::time::Instant::now();
-            }
-            assert!(start.elapsed().as_secs() < 10, "page {} has two homes after mremap", block.page(i));
         }
     }
 

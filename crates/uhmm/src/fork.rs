@@ -29,7 +29,7 @@ use std::{
             Ordering::{AcqRel, Acquire, Release},
         },
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use uhmm_sys::{
@@ -55,6 +55,7 @@ use crate::{
     os::{MANAGED, Os},
     page_set::PageSet,
     staging::Staging,
+    sync::Waiter,
     thread::Ctx,
     trace::{Counter, Why},
 };
@@ -334,7 +335,7 @@ impl<O: Os> Core<O> {
     /// In a forked child: settles where each page is, and registers the memory of those that are away. The caller is
     /// the only engine thread, and the program's only thread waits.
     pub(crate) fn adopt(&'static self) -> Result<(), Errno> {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut waiter = Waiter::new(PARENTS_PATIENCE);
         let mut named = FrameSets::default();
         let mut result = Ok(());
         self.devices.for_each(|entry| match entry.frame_set() {
@@ -343,7 +344,7 @@ impl<O: Os> Core<O> {
         });
         result?;
         self.blocks.for_each(whole_space(), |block| {
-            result = self.adopt_block(block, &named, deadline);
+            result = self.adopt_block(block, &named, &mut waiter);
             if result.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
         result?;
@@ -352,13 +353,13 @@ impl<O: Os> Core<O> {
         let staging = self.staging.range();
         self.os.zap(staging)?;
         if self.os.has_move() {
-            register_patiently(&self.os, staging, RegisterMode::WP, deadline)?;
+            register_patiently(|| self.os.register(staging, RegisterMode::WP), &mut waiter)?;
         }
         Ok(())
     }
 
     /// Settles the pages of a block, and puts the frames that they are in into `named`.
-    fn adopt_block(&'static self, block: Block, named: &FrameSets, deadline: Instant) -> Result<(), Errno> {
+    fn adopt_block(&'static self, block: Block, named: &FrameSets, waiter: &mut Waiter) -> Result<(), Errno> {
         let range = PageRange::block_of(block.base());
         let mut pages = [Page::empty(); BLOCK_PAGES];
         self.os.scan(range, &mut pages)?;
@@ -387,7 +388,7 @@ impl<O: Os> Core<O> {
         while let Ok(rest) = PageRange::from_ends(at, range.end()) {
             let Some(piece) = self.os.vma(at)?.and_then(|v| v.range.intersection(rest)) else { break };
             if !self.away(block).and(&PageSet::of(piece)).is_empty() {
-                register_patiently(&self.os, piece, MANAGED, deadline)?;
+                register_patiently(|| self.os.register(piece, MANAGED), waiter)?;
             }
             at = piece.end();
         }
@@ -426,12 +427,46 @@ impl Core<LinuxMm> {
 /// For each device the frames that pages of this process are in, a bit for each.
 type FrameSets = [&'static [AtomicU64]; DeviceId::MAX];
 
+/// How long a child waits for its parent's engine to let go of its memory.
+const PARENTS_PATIENCE: Duration = Duration::from_secs(10);
+
 /// Registers memory that the parent's engine may still have to let go of.
-fn register_patiently(os: &impl Os, range: PageRange, mode: RegisterMode, deadline: Instant) -> Result<(), Errno> {
+fn register_patiently(mut register: impl FnMut() -> Result<(), Errno>, waiter: &mut Waiter) -> Result<(), Errno> {
     loop {
-        match os.register(range, mode) {
-            Err(Errno::BUSY) if Instant::now() < deadline => std::thread::sleep(Duration::from_micros(50)),
+        match register() {
+            Err(Errno::BUSY) if waiter.pause().is_ok() => {}
             result => return result,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use uhmm_sys::{
+        arena,
+        uffd::{Features, Uffd},
+    };
+
+    use super::*;
+
+    #[test]
+    fn memory_that_another_userfaultfd_has_is_waited_for_until_the_bound() {
+        const LIMIT: Duration = Duration::from_millis(300);
+        let range = arena::pages(1 << 16, 1 << 16).unwrap();
+        let [parents, childs] = [(); 2].map(|()| Uffd::open(Features::empty()).unwrap());
+        parents.register(range, MANAGED).unwrap();
+        let start = Instant::now();
+        let register = || childs.register(range, MANAGED);
+        assert_eq!(register_patiently(register, &mut Waiter::new(LIMIT)), Err(Errno::BUSY));
+        assert!(start.elapsed() >= LIMIT, "{:?}", start.elapsed());
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                std::thread::sleep(LIMIT);
+                drop(parents);
+            });
+            assert_eq!(register_patiently(register, &mut Waiter::new(100 * LIMIT)), Ok(()));
+        });
     }
 }

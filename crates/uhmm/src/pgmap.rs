@@ -934,3 +934,21 @@ fn bits_of(mut word: u64) -> impl Iterator<Item = u32> {
         Some(bit)
     })
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_split_that_somebody_else_does_not_end_is_given_up() {
+        let frames = CHUNK_FRAMES;
+        let pgmap = Pgmap::new(DeviceId::from_index(0).unwrap(), frames, Pgmap::storage_needed(frames).leak());
+        let unit = pgmap.alloc_huge().unwrap();
+        // Another process, which died there.
+        pgmap.state(0).fetch_or(SPLITTING, Ordering::AcqRel);
+        let start = std::time::Instant::now();
+        let stuck = pgmap.split(unit).unwrap_err();
+        assert!(start.elapsed() >= SPLIT_LIMIT, "{:?}", start.elapsed());
+        assert_eq!((stuck.id, stuck.unit, stuck.cause.limit), (pgmap.id(), unit, SPLIT_LIMIT));
+    }
+}

@@ -9,7 +9,7 @@
 //! | [`DEVICES`] | the devices of each process, separated by `;`, each as [`DeviceSpec`] prints it |
 //! | [`RESIDENT`] | bytes of anonymous memory that each process keeps in RAM |
 //! | [`STRESS`] | seed of the stress threads |
-//! | [`FROM_START`] | `1`: each process is managed from its first instruction on, not when it has shown that it lasts |
+//! | [`FROM_START`] | seconds: each process waits so long, at most, to be managed from its first instruction on |
 //! | [`STRICT`] | `1`: a process that cannot be managed ends with status 125 instead of running unmanaged |
 //!
 //! Without [`RESIDENT`] and [`STRESS`] nothing moves, and no engine is started.

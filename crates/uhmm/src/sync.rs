@@ -107,11 +107,15 @@ pub struct TimedOut {
 /// A bounded wait without a condition variable: spins, then yields, then sleeps in short steps.
 ///
 /// The waker has nothing to do, which keeps the fault path free of system calls for waiters that hardly ever exist.
+///
+/// Each step counts for [`Waiter::STEP`] at most: a process that is stopped for a minute, or whose machine is, finds that minute gone
+/// on the clock, in which whoever it waits for could not do anything either.
 #[derive(Debug)]
 pub(crate) struct Waiter {
     limit: Duration,
+    waited: Duration,
     /// Read at the first yield: a wait that ends within the spins never looks at the clock.
-    deadline: Option<Instant>,
+    last: Option<Instant>,
     tries: u32,
 }
 
@@ -119,9 +123,10 @@ impl Waiter {
     const SPINS: u32 = 64;
     const YIELDS: u32 = 64;
     const NAP: Duration = Duration::from_micros(50);
+    const STEP: Duration = Duration::from_millis(100);
 
     pub(crate) const fn new(limit: Duration) -> Self {
-        Self { limit, deadline: None, tries: 0 }
+        Self { limit, waited: Duration::ZERO, last: None, tries: 0 }
     }
 
     /// Waits a little.
@@ -139,7 +144,8 @@ impl Waiter {
             return Ok(());
         }
         let now = Instant::now();
-        if now >= *self.deadline.get_or_insert(now + self.limit) {
+        self.waited += (now - self.last.replace(now).unwrap_or(now)).min(Self::STEP);
+        if self.waited >= self.limit {
             return Err(TimedOut { limit: self.limit });
         }
         if self.tries <= Self::SPINS + Self::YIELDS {
@@ -148,5 +154,26 @@ impl Waiter {
             std::thread::sleep(Self::NAP);
         }
         Ok(())
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_waiter_ends_at_its_limit_and_counts_no_more_than_a_step_of_a_stop() {
+        let limit = Duration::from_millis(300);
+        let mut waiter = Waiter::new(limit);
+        let start = Instant::now();
+        while waiter.waited.is_zero() {
+            waiter.pause().unwrap();
+        }
+        // As if all had been stopped meanwhile.
+        std::thread::sleep(limit);
+        waiter.pause().unwrap();
+        assert!(waiter.waited < limit / 2, "{waiter:?}");
+        while waiter.pause().is_ok() {}
+        assert!(start.elapsed() >= limit + limit / 2, "{:?}", start.elapsed());
     }
 }

@@ -12,7 +12,7 @@ use std::{
     ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     thread::JoinHandle,
@@ -27,14 +27,14 @@ use uhmm::{
     trace::Counter,
 };
 use uhmm_sys::{
-    thread,
+    Errno, thread,
     uffd::{Features, RegisterMode, Uffd},
 };
 use uhmm_testkit::{Skip, isolated};
 
 use crate::common::{
-    eventually,
-    kit::{Area, End, PAGE, Shape, Via, fork_child, open, peek, send, summary, virt, wait_for, write_page},
+    Plain, eventually,
+    kit::{Area, End, PAGE, Shape, Via, fork_child, has_move, open, peek, send, summary, virt, wait_for, write_page},
     watcher::{FAILS, STALLS, WORKS, Watcher},
 };
 
@@ -80,27 +80,36 @@ fn a_device_fault_ends_within_its_budget_while_another_device_stalls() {
 struct Held {
     over: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
-    /// Nobody else gets on there either: one test at a time.
-    _turn: File,
 }
 
 impl Held {
-    /// Memory of which something is away is unmapped, which takes its time.
     fn new(mirror: &Mirror<Watcher>) -> Result<Self, Skip> {
-        let turn = File::open(std::env::current_exe().unwrap()).unwrap();
-        turn.lock().unwrap();
+        let area = Self::area(mirror);
+        Self::begin(mirror.device(), area, Duration::ZERO)
+    }
+
+    /// Memory whose end the engine is told of.
+    fn area(mirror: &Mirror<Watcher>) -> Area {
         let area = Area::filled(Shape::Small, 1, 9);
         send(mirror, &area);
-        let (over, device) = (Arc::new(AtomicBool::new(false)), mirror.device());
+        area
+    }
+
+    /// Unmaps `area`; the event is read no sooner than after `unread`.
+    fn begin(device: &Watcher, area: Area, unread: Duration) -> Result<Self, Skip> {
+        let over = Arc::new(AtomicBool::new(false));
         device.stall_gate.store(true, Relaxed);
         let (changer, spinner) = (Arc::clone(&over), Arc::clone(&over));
         let (running, runs) = std::sync::mpsc::channel();
+        let (started, starts) = std::sync::mpsc::channel();
         let change = std::thread::spawn(move || {
-            thread::pin_to(1).unwrap();
+            started.send(thread::gettid()).unwrap();
             assert_eq!(Via::Raw.munmap(area.start, area.len()), 0);
             changer.store(true, Relaxed);
         });
-        eventually("somebody is about to read the event", || device.gate_stalls.load(Relaxed));
+        let changer = starts.recv().unwrap();
+        eventually("the thread waits for its event to be read", || waits_in_the_kernel(changer) || over.load(Relaxed));
+        put_on_the_other_processor(changer);
         let spin = std::thread::spawn(move || {
             let may = thread::pin_to(1).is_ok() && run_before_all_others();
             running.send(may).unwrap();
@@ -109,8 +118,9 @@ impl Held {
             }
         });
         let may = runs.recv().unwrap();
+        std::thread::sleep(unread);
         device.stall_gate.store(false, Relaxed);
-        let held = Self { over, threads: vec![spin, change], _turn: turn };
+        let held = Self { over, threads: vec![spin, change] };
         eventually("the event is read", || !device.gate_stalls.load(Relaxed));
         if may { Ok(held) } else { Err(Skip("no thread can be kept from its processor by this user".to_owned())) }
     }
@@ -125,6 +135,18 @@ impl Drop for Held {
         self.over.store(true, Relaxed);
         self.threads.drain(..).for_each(|thread| thread.join().unwrap());
     }
+}
+
+/// Whether a thread sleeps where no signal but a deadly one wakes it.
+fn waits_in_the_kernel(tid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/self/task/{tid}/stat")).unwrap_or_default();
+    stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('D'))
+}
+
+fn put_on_the_other_processor(tid: u32) {
+    let set = [0b10_u64; 16];
+    // SAFETY: the kernel reads the local array. A thread that is gone needs none.
+    unsafe { libc::syscall(libc::SYS_sched_setaffinity, tid, size_of_val(&set), set.as_ptr()) };
 }
 
 /// Returns whether the calling thread may.
@@ -148,13 +170,23 @@ fn while_changing<T>(mirror: &Mirror<Watcher>, mut f: impl FnMut(&Held) -> T) ->
 
 /// An address space and a device, where a thread can be kept from its processor.
 fn with_two_processors(frames: u64) -> Result<(Mm, Mirror<Watcher>), Skip> {
-    if !thread::allowed_cpus().iter().take(2).eq([0, 1]) {
-        return Err(Skip("this process may not use the first two processors".to_owned()));
-    }
-    thread::pin_to(0).unwrap();
+    leave_a_processor()?;
     let mm = open()?;
     let mirror = Watcher::register(&mm, frames);
     Ok((mm, mirror))
+}
+
+/// Leaves the second processor to threads that are to be kept from it. Nobody else gets on there either: one test at a time.
+fn leave_a_processor() -> Result<(), Skip> {
+    static TURN: OnceLock<File> = OnceLock::new();
+    if !thread::allowed_cpus().iter().take(2).eq([0, 1]) {
+        return Err(Skip("this process may not use the first two processors".to_owned()));
+    }
+    let turn = File::open(std::env::current_exe().unwrap()).unwrap();
+    turn.lock().unwrap();
+    TURN.set(turn).unwrap();
+    thread::pin_to(0).unwrap();
+    Ok(())
 }
 
 #[test]
@@ -213,6 +245,41 @@ fn a_touch_is_sent_to_fault_anew_while_the_address_space_changes() {
 }
 
 #[test]
+fn what_cannot_be_mapped_while_the_address_space_changes_is_mapped_at_a_touch() {
+    isolated!(|| {
+        let (mm, watcher) = with_two_processors(4096)?;
+        if !has_move() {
+            return Err(Skip("without UFFDIO_MOVE coherent memory is used like private".to_owned()));
+        }
+        let mirror = mm.register(Plain::coherent(8 << 20)).unwrap();
+        let device = mirror.device();
+        for _ in 0..20 {
+            let area = Area::filled(Shape::Small, 1, 1).part(0..20);
+            device.stall_out.store(true, Relaxed);
+            device.stalls.store(false, Relaxed);
+            let held = std::thread::scope(|s| {
+                s.spawn(|| assert!(mirror.migrate(area.range(), &MigrateOptions::default()).is_complete()));
+                eventually("the device copies", || device.stalls.load(Relaxed));
+                let held = Held::new(&watcher);
+                device.stall_out.store(false, Relaxed);
+                held
+            })?;
+            let at = |n| mm.residency(virt(area.page(n))).at;
+            let in_frames = (0..area.pages).all(|n| matches!(at(n), Location::Device(id, _) if id == mirror.id()));
+            let was_held = !held.is_over();
+            drop(held);
+            assert!(in_frames || !was_held, "{:?}", at(0));
+            area.check(1);
+            assert!((0..area.pages).all(|n| matches!(at(n), Location::Coherent(id, _) if id == mirror.id())));
+            if was_held {
+                return Ok(());
+            }
+        }
+        panic!("the thread that changes the address space always gets on");
+    });
+}
+
+#[test]
 fn the_end_waits_for_a_change_and_leaves_nothing_registered() {
     isolated!(|| {
         let (mm, mirror) = with_two_processors(2048)?;
@@ -220,13 +287,60 @@ fn the_end_waits_for_a_change_and_leaves_nothing_registered() {
         send(&mirror, &area);
         let held = Held::new(&mirror)?;
         mirror.close().unwrap();
-        mm.close().unwrap();
-        drop(held);
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                std::thread::sleep(Duration::from_millis(100));
+                drop(held);
+            });
+            mm.close().unwrap();
+        });
         area.check(1);
         // Another's userfaultfd can have it.
         let other = Uffd::open(Features::empty()).unwrap();
         other.register(area.range(), RegisterMode::MISSING).unwrap();
         Ok(())
+    });
+}
+
+#[test]
+fn the_end_waits_two_seconds_for_changes_and_what_stays_registered_is_served() {
+    isolated!(|| {
+        leave_a_processor()?;
+        let area = Area::filled(Shape::Small, 1, 1);
+        let other = Uffd::open(Features::empty()).unwrap();
+        for _ in 0..20 {
+            let mm = open()?;
+            let mirror = Watcher::register(&mm, 4096);
+            send(&mirror, &area);
+            let (device, last) = (mirror.device(), Held::area(&mirror));
+            // All is home, and registered still.
+            assert!(mm.home(area.range()).is_complete() && mm.home(last.range()).is_complete());
+            // One change makes it wait for the next event, which comes late and brings another.
+            let first = Held::new(&mirror)?;
+            drop(mirror);
+            let (took, second) = std::thread::scope(|s| {
+                let end = s.spawn(move || {
+                    let start = Instant::now();
+                    mm.close().unwrap();
+                    start.elapsed()
+                });
+                std::thread::sleep(Duration::from_millis(200));
+                let second = Held::begin(device, last, Duration::from_millis(2500));
+                (end.join().unwrap(), second)
+            });
+            let was_held = !second?.is_over();
+            drop(first);
+            if took < Duration::from_secs(2) || !was_held {
+                continue;
+            }
+            assert_eq!(other.register(area.range(), RegisterMode::MISSING), Err(Errno::BUSY));
+            area.check(1);
+            // The next end gives it back.
+            open()?.close().unwrap();
+            other.register(area.range(), RegisterMode::MISSING).unwrap();
+            return Ok(());
+        }
+        panic!("the threads that change the address space always get on");
     });
 }
 

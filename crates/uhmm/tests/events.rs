@@ -208,6 +208,28 @@ fn mremap_moves_a_part_of_a_block() {
 }
 
 #[test]
+fn what_a_shared_segment_has_replaced_is_in_nobodys_way() {
+    isolated!(|| {
+        let world = World::new(16)?;
+        let (old, new) = (Area::filled(Shape::Small, 1, 1), Area::filled(Shape::Small, 1, 2));
+        world.send(&old);
+        world.send(&new);
+        // The kernel does not tell that the pages there are gone.
+        let id = syscall(libc::SYS_shmget, [arg(libc::IPC_PRIVATE), old.len(), 0o600, 0, 0, 0]).unwrap();
+        assert_eq!(syscall(libc::SYS_shmat, [id, old.start, arg(libc::SHM_REMAP), 0, 0, 0]), Ok(old.start));
+        syscall(libc::SYS_shmctl, [id, arg(libc::IPC_RMID), 0, 0, 0, 0]).unwrap();
+        old.check_zero();
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        assert_eq!(Via::Raw.mremap(new.start, new.len(), new.len(), flags, old.start), Ok(old.start));
+        world.frames_become(new.pages);
+        old.check(2);
+        world.frames_become(0);
+        world.finish();
+        Ok(())
+    });
+}
+
+#[test]
 fn mremap_dontunmap_leaves_zeros_behind() {
     isolated!(|| {
         let world = World::new(32)?;

@@ -52,10 +52,10 @@ pub struct Args {
     /// Move random memory about all the time. The program's result must not change.
     #[arg(long, value_name = "SEED", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     stress: Option<String>,
-    /// Manage each process from its first instruction on. Without this one that ends within some 20 ms is left alone, and
-    /// what a process does in that time, its forks too, goes unmanaged.
-    #[arg(long)]
-    from_start: bool,
+    /// Manage each process from its first instruction on: it waits until it can be, for SECONDS at most. Without this one that
+    /// ends within some 20 ms is left alone, and what a process does in that time, its forks too, goes unmanaged.
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "30")]
+    from_start: Option<u64>,
     /// Print all figures to standard error at the end. Without this: one line, where something was to move.
     #[arg(long, value_name = "json", num_args = 0..=1, require_equals = true, default_missing_value = "table",
           conflicts_with = "quiet")]
@@ -74,7 +74,7 @@ struct Orders {
     devices: Vec<DeviceSpec>,
     resident: Option<u64>,
     stress: Option<u64>,
-    from_start: bool,
+    from_start: Option<u64>,
     form: Option<Form>,
 }
 
@@ -284,7 +284,7 @@ fn set_environment(command: &mut Command, orders: &Orders, library: &Path) -> Re
     for (name, value) in [
         (session::RESIDENT, orders.resident),
         (session::STRESS, orders.stress),
-        (session::FROM_START, orders.from_start.then_some(1)),
+        (session::FROM_START, orders.from_start),
     ] {
         match value {
             Some(value) => command.env(name, value.to_string()),

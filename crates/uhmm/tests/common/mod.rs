@@ -8,7 +8,11 @@
 pub mod kit;
 pub mod watcher;
 
-use std::ptr;
+use std::{
+    ptr,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    time::Duration,
+};
 
 use uhmm::{
     Mirror, Mm,
@@ -24,6 +28,10 @@ use uhmm_sys::{
 pub struct Plain {
     memory: Frames,
     survives_fork: bool,
+    /// Whether copies to the device wait until this changes.
+    pub stall_out: AtomicBool,
+    /// Whether one waits.
+    pub stalls: AtomicBool,
 }
 
 enum Frames {
@@ -33,13 +41,17 @@ enum Frames {
 
 impl Plain {
     pub fn new(bytes: u64) -> Self {
-        Self { memory: Frames::Shared(Mapping::memfd("plain", bytes).unwrap()), survives_fork: false }
+        Self::with(Frames::Shared(Mapping::memfd("plain", bytes).unwrap()))
     }
 
     /// One whose memory the CPU can address.
     pub fn coherent(bytes: u64) -> Self {
         let pages = arena::pages(bytes, 2 << 20).unwrap();
-        Self { memory: Frames::Coherent(HostBytes::in_arena(pages.start(), bytes).unwrap()), survives_fork: false }
+        Self::with(Frames::Coherent(HostBytes::in_arena(pages.start(), bytes).unwrap()))
+    }
+
+    const fn with(memory: Frames) -> Self {
+        Self { memory, survives_fork: false, stall_out: AtomicBool::new(false), stalls: AtomicBool::new(false) }
     }
 
     /// The place of a frame of coherent memory.
@@ -75,6 +87,10 @@ impl Device for Plain {
     }
 
     fn copy_to_device(&self, ops: &[CopyOp]) -> Result<(), DeviceError> {
+        while self.stall_out.load(Relaxed) {
+            self.stalls.store(true, Relaxed);
+            std::thread::sleep(Duration::from_millis(1));
+        }
         for op in ops {
             match &self.memory {
                 Frames::Shared(memory) => op.host.copy_to(memory, op.frames.offset()),
