@@ -680,11 +680,16 @@ fn a_program_waits_for_its_engine_no_longer_than_it_is_told() {
     if !moves() {
         return;
     }
-    for (strict, code) in [("0", 7), ("1", 125)] {
-        let done = run(uhmm(&["--from-start=0", "--stress"]).args(["sh", "-c", "exit 7"]).env("UHMM_STRICT", strict));
+    for (strict, code, says) in [("0", 7, "has not started within 1s"), ("1", 125, "does not start within 1s")] {
+        let start = Instant::now();
+        let mut command = uhmm(&["--from-start=1", "--stress"]);
+        command.args(["sh", "-c", "exit 7"]).env("UHMM_STRICT", strict).env("UHMM_START_DELAY", "60000");
+        let done = run(&mut command);
         assert_eq!(done.code(), code, "{}", done.err);
-        assert!(done.err.contains("its engine has not started within 0"), "{}", done.err);
+        assert!(done.err.contains(says), "{}", done.err);
+        assert!(start.elapsed() >= Duration::from_secs(1), "{:?}", start.elapsed());
     }
+    assert_eq!(run(uhmm(&["--from-start=0", "--stress"]).arg("true")).code(), 2);
 }
 
 #[test]
@@ -903,12 +908,12 @@ fn frames_are_shown() -> &'static str {
 #[test]
 fn nodes_answer_as_the_kernels_do() {
     let dir = Dir::new("nodes");
-    let program = dir.program("nodes");
+    let programs = ["nodes", "nodes_huge"].map(|name| dir.program(name));
     if !moves() {
         return;
     }
-    for kind in ["private", "coherent"] {
-        let done = run(preloaded(&program).args([kind, frames_are_shown()]));
+    for (program, kind) in programs.iter().flat_map(|program| [(program, "private"), (program, "coherent")]) {
+        let done = run(preloaded(program).args([kind, frames_are_shown()]));
         assert_eq!(done.code(), 0, "{kind}: {}{}", done.text(), done.err);
         done.text().lines().filter(|line| line.starts_with("skip")).for_each(|line| println!("{line}"));
     }

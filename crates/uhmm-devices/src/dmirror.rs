@@ -426,6 +426,10 @@ impl Dmirror {
                 None => return,
             };
         }
+        self.send_all(piece);
+    }
+
+    fn send_all(&self, piece: PageRange) {
         let options = MigrateOptions { from_other_devices: false, ..MigrateOptions::default() };
         let (start, mut tries) = (Instant::now(), 0);
         loop {
@@ -449,6 +453,9 @@ impl Dmirror {
         }
         let is_whole = PageRange::block_of(piece.start()).intersection(piece).is_some_and(|b| b.pages() == BLOCK_PAGES);
         if is_whole && report.order() == BLOCK_ORDER {
+            // Once one is apart from the others they are small pages.
+            let last = PageRange::page_of(piece.start().add((BLOCK_PAGES as u64 - 1) << PAGE_SHIFT));
+            self.send_all(last);
             return Some(piece);
         }
         PageRange::from_ends(first.end(), piece.end()).ok()

@@ -65,6 +65,8 @@ struct Orders {
     stress: Option<u64>,
     /// How long the program waits for its engine, where it does.
     from_start: Option<Duration>,
+    /// How much later the engine starts than it could.
+    delay: Duration,
     stats: Option<Stats>,
 }
 
@@ -124,8 +126,14 @@ pub(crate) fn ensure() -> Result<&'static Mm, Errno> {
     if !is_ordered() {
         // See `start`; to open a node is the first that this process has of uhmm.
         let prepared = arena::init(ARENA_BYTES).map_err(|errno| format!("no address space for the engine: {errno}"));
-        let orders =
-            Orders { devices: Vec::new(), resident: None, stress: None, from_start: Some(START_PATIENCE), stats: None };
+        let orders = Orders {
+            devices: Vec::new(),
+            resident: None,
+            stress: None,
+            from_start: Some(START_PATIENCE),
+            delay: Duration::ZERO,
+            stats: None,
+        };
         if let Err(why) = prepared.and_then(|_| prepare(orders)) {
             fail(Files::Program, format_args!("{why}"));
             return Err(Errno::NODEV);
@@ -183,8 +191,12 @@ fn read_orders(environment: &Environment) -> Result<Orders, String> {
     // Where the figures cannot be shared (another user's process, another container) nobody misses this one's.
     let stats = text(session::SESSION)?.and_then(join);
     let (resident, stress) = (number(session::RESIDENT)?, number(session::STRESS)?);
-    let from_start = number(session::FROM_START)?.map(Duration::from_secs);
-    Ok(Orders { devices, resident, stress, from_start, stats })
+    let from_start = match number(session::FROM_START)? {
+        Some(0) => return Err(format!("{}: a program waits for a second at least", session::FROM_START)),
+        seconds => seconds.map(Duration::from_secs),
+    };
+    let delay = Duration::from_millis(number(session::START_DELAY)?.unwrap_or(0));
+    Ok(Orders { devices, resident, stress, from_start, delay, stats })
 }
 
 fn join(path: &str) -> Option<Stats> {
@@ -222,9 +234,13 @@ fn schedule() {
 }
 
 fn wait_until_settled(patience: Duration) {
-    if !is_settled_within(patience) {
-        fail(Files::Program, format_args!("its engine has not started within {patience:?}"));
+    if is_settled_within(patience) {
+        return;
     }
+    if STRICT.load(Relaxed) {
+        fail(Files::Program, format_args!("its engine does not start within {patience:?}"));
+    }
+    say(Files::Program, format_args!("its engine has not started within {patience:?}; not managed until it has"));
 }
 
 /// Waits until there is nothing to wait for, and says whether that came.
@@ -270,6 +286,7 @@ fn start_engine(orders: &Orders) {
     if orders.from_start.is_none() {
         wait_until_worth_it(orders);
     }
+    std::thread::sleep(orders.delay);
     // Before the devices are made, whose files the engine's threads inherit.
     if let Err(errno) = own_files(&mut std::iter::empty()) {
         return fail(Files::Program, format_args!("no files of its own for the engine: {errno}"));
@@ -384,7 +401,7 @@ pub(crate) fn changing(start: VirtAddr, len: u64, cause: Cause) -> Option<Changi
         invalidate(start, len, cause);
         return None;
     }
-    let running = running().filter(|running| running.mm.is_mirrored() && running.pid == std::process::id())?;
+    let running = running().filter(|running| running.pid == std::process::id())?;
     let range = PageRange::covering(start, len).ok()?;
     Some(running.mm.changing(range, cause))
 }

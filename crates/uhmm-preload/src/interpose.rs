@@ -471,7 +471,7 @@ extern "C" fn before_syscall(nr: c_long, a: u64, b: u64, c: u64, d: u64, e: u64)
                 give_up(e, c, Cause::Unmap);
             }
         }
-        libc::SYS_vmsplice | libc::SYS_io_uring_setup => unseen(engine::lends_pages),
+        libc::SYS_vmsplice | libc::SYS_io_uring_setup | libc::SYS_io_setup => unseen(engine::lends_pages),
         _ => {}
     }
     next::SYSCALL.address()

@@ -173,20 +173,25 @@ fn record_lock(file: BorrowedFd<'_>, command: i32, at: u64) -> Result<libc::floc
     Ok(lock)
 }
 
-/// The path of another thread's descriptor, without allocation: a fork may be under way.
-struct Path {
+/// A path with a few numbers in it, without allocation: a fork may be under way, or a fault be served.
+pub(crate) struct Path {
     bytes: [u8; 64],
     len: usize,
 }
 
 impl Path {
-    fn of(thread: u32, number: RawFd) -> Self {
+    pub(crate) fn new(text: std::fmt::Arguments<'_>) -> Self {
         let mut path = Self { bytes: [0; 64], len: 0 };
-        write!(path, "/proc/self/task/{thread}/fd/{number}").expect("two numbers fit");
+        path.write_fmt(text).expect("a few numbers fit");
         path
     }
 
-    fn as_c_str(&self) -> &CStr {
+    /// That of another thread's descriptor.
+    fn of(thread: u32, number: RawFd) -> Self {
+        Self::new(format_args!("/proc/self/task/{thread}/fd/{number}"))
+    }
+
+    pub(crate) fn as_c_str(&self) -> &CStr {
         CStr::from_bytes_until_nul(&self.bytes).expect("the path ends before the buffer does")
     }
 }

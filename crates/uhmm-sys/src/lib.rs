@@ -25,6 +25,7 @@ pub mod access;
 pub mod addr;
 pub mod area;
 pub mod arena;
+pub mod clock;
 pub mod dispatch;
 pub mod exclude;
 pub mod fence;

@@ -31,7 +31,9 @@ use std::{
 use crate::{
     Errno,
     addr::{PAGE_SIZE, PageRange, VirtAddr},
-    arena, futex, raw, tls,
+    arena,
+    files::Path,
+    futex, raw, tls,
 };
 
 /// Bytes of stack of each thread.
@@ -471,6 +473,19 @@ impl Default for CpuSet {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Whether a thread of this process waits inside of `mremap`. `false` where the kernel does not say.
+///
+/// # Kernel
+/// `proc_pid_syscall(5)`: the number of the system call in which a thread sleeps, and its arguments.
+#[must_use]
+pub fn is_in_mremap(tid: u32) -> bool {
+    let path = Path::new(format_args!("/proc/self/task/{tid}/syscall"));
+    let mut buf = [0; 128];
+    let Ok(text) = raw::read_file(path.as_c_str(), &mut buf) else { return false };
+    let number = text.split(|&byte| byte == b' ').next().and_then(|number| str::from_utf8(number).ok());
+    number.is_some_and(|number| number.parse() == Ok(libc::SYS_mremap))
 }
 
 /// The CPUs that the calling thread may run on; empty where the kernel does not say.

@@ -30,6 +30,7 @@ use crate::{
     engine::Core,
     os::Os,
     page_set::PageSet,
+    thread::Ctx,
 };
 
 /// Whether pages of a mapping can be adopted.
@@ -42,7 +43,8 @@ fn is_adoptable(vma: &Vma) -> bool {
 
 impl<O: Os> Core<O> {
     /// See [`crate::Mm::make_anonymous`].
-    pub(crate) fn make_anonymous(&self, range: PageRange) -> Result<usize, Errno> {
+    pub(crate) fn make_anonymous(&self, ctx: &mut Ctx, range: PageRange) -> Result<usize, Errno> {
+        self.refresh_excluded(ctx);
         let mut scratch = self.scratch.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let scratch = match *scratch {
             Some(pages) => pages,
@@ -58,7 +60,7 @@ impl<O: Os> Core<O> {
                 };
                 // Locked memory would not be locked any more.
                 if is_adoptable(&vma) && !self.os.is_locked(piece) {
-                    adopted += self.adopt_written(&vma, piece, scratch)?;
+                    adopted += self.adopt_written(ctx, &vma, piece, scratch)?;
                 }
                 at = piece.end();
             }
@@ -67,13 +69,15 @@ impl<O: Os> Core<O> {
     }
 
     /// Adopts the written pages of a piece of one block. Returns how many those were.
-    fn adopt_written(&self, vma: &Vma, piece: PageRange, scratch: PageRange) -> Result<usize, Errno> {
+    fn adopt_written(&self, ctx: &Ctx, vma: &Vma, piece: PageRange, scratch: PageRange) -> Result<usize, Errno> {
         let mut pages = [Page::empty(); uhmm_sys::addr::BLOCK_PAGES];
         let pages = &mut pages[..piece.pages()];
         self.os.scan(piece, pages)?;
         let is_own = |page: Page| page.contains(Page::PRESENT) && !page.intersects(Page::FILE | Page::ZERO);
         let own = piece.iter_pages().zip(pages.iter()).filter(|(_, page)| is_own(**page));
-        let own: PageSet = own.map(|(addr, _)| addr.page_in_block()).collect();
+        let mut own: PageSet = own.map(|(addr, _)| addr.page_in_block()).collect();
+        // What the engine's own code uses stays as it is.
+        ctx.excluded.touching(piece, |range| own = own.minus(&PageSet::of(range)));
         let block = PageRange::block_of(piece.start()).start();
         let mut adopted = 0;
         for run in own.runs() {

@@ -99,13 +99,18 @@ pub(crate) struct Core<O: Os> {
     /// How many engine threads there have been, and their ids.
     threads: AtomicU32,
     tids: [AtomicU32; MAX_THREADS],
-    /// Operations that take pages out, under way.
+    /// Operations that take pages out, under way: a fork waits for their end.
     outs: AtomicU32,
+    /// Operations that look for translations to install, under way.
+    translating: AtomicU32,
+    /// Notifiers of drivers' own, which may have translations anywhere.
+    pub(crate) watches: AtomicU32,
     /// Not zero while a fork is being prepared: nothing may leave.
     frozen: AtomicU32,
     /// Whether the fork under way is one whose child takes its memory over.
     sharing: AtomicBool,
-    started_ns: u64,
+    /// When the first of a family of processes started.
+    pub(crate) started_ns: u64,
     /// In which process, by the number of forks: nobody works on requests elsewhere.
     generation: usize,
     /// Most mappings that the kernel lets the process have.
@@ -116,11 +121,18 @@ pub(crate) struct Core<O: Os> {
     pub(crate) parked: Parked,
 }
 
-/// An operation that takes pages out is under way; a fork waits for its end.
+/// An operation is under way, and counted.
 #[derive(Debug)]
-pub(crate) struct RunningOut<'a>(&'a AtomicU32);
+pub(crate) struct UnderWay<'a>(&'a AtomicU32);
 
-impl Drop for RunningOut<'_> {
+impl<'a> UnderWay<'a> {
+    fn new(count: &'a AtomicU32) -> Self {
+        count.fetch_add(1, SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, SeqCst);
     }
@@ -129,7 +141,7 @@ impl Drop for RunningOut<'_> {
 /// Interval notifiers that one address space can have, the devices' own included.
 pub(crate) const NOTIFIERS: usize = 256;
 /// How long a reader waits for an invalidation to end.
-const NOTIFIER_WAIT: Duration = Duration::from_secs(10);
+pub(crate) const NOTIFIER_WAIT: Duration = Duration::from_secs(10);
 
 /// How often to look whether processes of the family have ended, and whether faults wait for too long.
 const SWEEP_INTERVAL: Duration = Duration::from_millis(250);
@@ -186,6 +198,8 @@ impl<O: Os> Core<O> {
             threads: AtomicU32::new(0),
             tids: std::array::from_fn(|_| AtomicU32::new(0)),
             outs: AtomicU32::new(0),
+            translating: AtomicU32::new(0),
+            watches: AtomicU32::new(0),
             frozen: AtomicU32::new(0),
             sharing: AtomicBool::new(false),
             started_ns,
@@ -284,10 +298,25 @@ impl<O: Os> Core<O> {
     // Fork.
 
     /// Begins taking pages out, unless a fork is being prepared.
-    pub(crate) fn begin_out(&self) -> Option<RunningOut<'_>> {
-        self.outs.fetch_add(1, SeqCst);
-        let running = RunningOut(&self.outs);
-        (self.frozen.load(SeqCst) == 0).then_some(running)
+    pub(crate) fn begin_out(&self) -> Option<UnderWay<'_>> {
+        let under_way = UnderWay::new(&self.outs);
+        (self.frozen.load(SeqCst) == 0).then_some(under_way)
+    }
+
+    /// Says that translations are looked for, which may be installed as long as what is returned lives.
+    pub(crate) fn begin_translating(&self) -> UnderWay<'_> {
+        UnderWay::new(&self.translating)
+    }
+
+    /// Whether any device has translations, or is about to, or a driver may have some of its own.
+    ///
+    /// After a change was announced ([`Changes`]) a `false` stays true until it is over, as far as the change goes: whoever begins
+    /// to look now finds the announcement.
+    pub(crate) fn is_mirrored(&self) -> bool {
+        // In this order: of a look that has ended the translations are there.
+        let mut any = self.translating.load(SeqCst) != 0 || self.watches.load(SeqCst) != 0;
+        self.devices.for_each(|entry| any |= entry.table().entries() != 0);
+        any
     }
 
     /// Waits while nothing may leave, for a tenth of a second at most. Returns whether it may now.

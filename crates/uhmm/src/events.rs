@@ -9,6 +9,7 @@ use std::{
         AtomicU64,
         Ordering::{Relaxed, SeqCst},
     },
+    time::Duration,
 };
 
 use uhmm_sys::{
@@ -29,6 +30,7 @@ use crate::{
     page_set::PageSet,
     sleepers::Sleepers,
     staging::Left,
+    sync::Waiter,
     thread::Ctx,
     trace::{Counter, Why},
 };
@@ -216,7 +218,9 @@ impl<O: Os> Core<O> {
     /// Pages that are away follow their mapping to its new address.
     fn remap(&'static self, from: VirtAddr, to: VirtAddr, len: u64, reader: &mut Reader<O::Child>) {
         let (Ok(old), Ok(new)) = (PageRange::new(from, len), PageRange::new(to, len)) else { return };
+        reader.remaps += 1;
         self.clear_the_way(new, reader);
+        reader.remaps -= 1;
         reader.arrivals.put(new);
         self.unsettled.store(true, SeqCst);
         let _old = self.invalidate(&Invalidation { range: old, cause: Cause::Unmap, owner: None });
@@ -266,6 +270,7 @@ impl<O: Os> Core<O> {
     fn clear_the_way(&'static self, range: PageRange, reader: &mut Reader<O::Child>) {
         let mut start = std::time::Instant::now();
         let mut spins = 0;
+        let mut quiet = Waiter::new(QUIET);
         let mut sleepers = Sleepers::new(|pages| self.os.wake(pages));
         while let Some((block, i)) = self.any_unsettled(range) {
             if block.word(i).is_cpu() {
@@ -288,6 +293,9 @@ impl<O: Os> Core<O> {
                 }
             };
             sleepers.wake();
+            if changing || event.is_some() {
+                quiet = Waiter::new(QUIET);
+            }
             match event {
                 Some(Event::Unmap(gone)) if gone.overlaps(range) => {
                     // Of these pages it is known that they left.
@@ -301,15 +309,22 @@ impl<O: Os> Core<O> {
                 Some(Event::Remap { from, to, len }) if concerns(&Event::Remap { from, to, len }) => {
                     self.remap(from, to, len, reader);
                 }
-                None if !changing => self.drop_pages(range, reader),
-                other => {
-                    if let Some(event) = other {
-                        reader.deferred.put(event);
-                    }
-                    // Whoever is about to say so needs a processor; those whose events are read use it.
+                Some(event) => {
+                    reader.deferred.put(event);
+                    // Whose event was read goes on, and may unmap or move this too: the more so the longer those wait who have been
+                    // kept from their processor since they changed something.
+                    std::thread::sleep(PACE * u32::try_from(reader.deferred.count).expect("a few hundred"));
+                }
+                None if quiet.pause().is_ok() => {
+                    // Whoever is about to say so needs a processor.
                     pause(&mut spins);
                     block.note_wait(i, spins, &mut start);
                 }
+                // What moves inside of a move is not in the books yet, and what has just arrived is there.
+                None if reader.remaps > 1 || reader.arrivals.lowest_in(range).is_some() => {
+                    panic!("page {} has two homes after mremap", block.page(i))
+                }
+                None => self.drop_pages(range, reader),
             }
             // Who lifts holds pages, and waits to know whether its event was among these.
             self.lifts.looked();
@@ -428,6 +443,12 @@ impl<O: Os> Core<O> {
     }
 }
 
+/// For how long nothing must be changing, nor be said, before it is believed that nobody will: Linux before 5.15 may forget one
+/// change where another ends.
+const QUIET: Duration = Duration::from_millis(100);
+/// How much longer each event that waits keeps the next from being read.
+const PACE: Duration = Duration::from_micros(20);
+
 /// What the kernel is not known to answer.
 const UNREADABLE: &str = "reading the userfaultfd failed";
 
@@ -436,11 +457,13 @@ const UNREADABLE: &str = "reading the userfaultfd failed";
 pub(crate) struct Reader<C> {
     deferred: Deferred<C>,
     arrivals: Arrivals,
+    /// How many moves of mappings are being applied, one inside of the other.
+    remaps: u32,
 }
 
 impl<C> Reader<C> {
     pub(crate) fn new() -> Result<Self, Errno> {
-        Ok(Self { deferred: Deferred::new(), arrivals: Arrivals::new()? })
+        Ok(Self { deferred: Deferred::new(), arrivals: Arrivals::new()?, remaps: 0 })
     }
 }
 

@@ -26,6 +26,8 @@ use crate::{
 
 /// How often a fault is tried again while events are pending, before the thread is sent to fault anew.
 const ATTEMPTS: u32 = 64;
+/// The attempt before which it is looked whether the thread itself is what the events wait for.
+const SUSPICIOUS: u32 = 8;
 /// How many pages a first touch fills at least, where its neighbours were never touched either.
 pub(crate) const ZERO_AROUND: usize = 64;
 
@@ -60,15 +62,22 @@ impl<O: Os> Core<O> {
         if self.hold_up(block, addr.page_in_block(), haste) {
             return Served::Later;
         }
-        self.serve_now(ctx, block, addr);
+        let thread = if let Haste::CanWait(thread) = haste { thread } else { None };
+        self.serve_now(ctx, block, addr, thread);
         Served::Now
     }
 
-    fn serve_now(&'static self, ctx: &mut Ctx, block: Block, addr: VirtAddr) {
+    fn serve_now(&'static self, ctx: &mut Ctx, block: Block, addr: VirtAddr, thread: Option<u32>) {
         let (page, i) = (PageRange::page_of(addr), addr.page_in_block());
         // Of a coherent device, in a mapping that does not take its pages.
         let mut unmappable = false;
         for attempt in 0..ATTEMPTS {
+            if attempt == SUSPICIOUS
+                && let Some(thread) = thread
+                && self.let_grow(ctx, block, addr, thread)
+            {
+                return;
+            }
             let word = block.word(i);
             if word.locked() {
                 match block.mark_waited(i) {
@@ -128,6 +137,25 @@ impl<O: Os> Core<O> {
         }
         self.stats.add(Counter::FaultsStale, 1);
         self.os.wake(page);
+    }
+
+    /// Has the kernel fill what locked memory grows by at its end, if that is what `thread` faults for. Returns whether it is.
+    ///
+    /// An `mremap` that moves such memory fills it before it raises its event, and until that is read nothing can be installed. What
+    /// was there before has moved already, and is told of later; behind it nothing has ever been, and it need not be registered.
+    fn let_grow(&self, ctx: &Ctx, block: Block, addr: VirtAddr, thread: u32) -> bool {
+        if !self.os.is_changing() || !self.os.is_in_mremap(thread) {
+            return false;
+        }
+        let Ok(Some(vma)) = self.os.vma(addr) else { return false };
+        let Ok(_inside) = self.gate.enter(ctx.slot) else { return false };
+        let Some(_registration) = block.try_lock_registration() else { return false };
+        // Another mapping may lie right behind.
+        let (first, unsettled) = (addr.page_in_block(), block.unsettled());
+        let end = (first..BLOCK_PAGES).find(|&i| unsettled.has(i)).unwrap_or(BLOCK_PAGES);
+        let rest = block.run(Run { first, count: end - first });
+        // That wakes the thread.
+        end > first && rest.intersection(vma.range).is_some_and(|rest| self.os.unregister(rest).is_ok())
     }
 
     /// Serves each page of `range` that is not there as if a thread had touched it.

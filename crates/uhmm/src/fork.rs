@@ -316,7 +316,9 @@ impl<O: Os> Core<O> {
         let staging: Staging = parent.staging.inherit()?;
         let member = (parent.family, member);
         let lifts = parent.lifts.inherit();
-        let core = Self::assemble(os, parent.blocks.inherit(), staging, lifts, parent.stats, member)?;
+        let mut core = Self::assemble(os, parent.blocks.inherit(), staging, lifts, parent.stats, member)?;
+        // What pages have been through is told in the parent's time.
+        core.started_ns = parent.started_ns;
         let mut failed = None;
         // The others' memory is not there.
         parent.devices.for_each(|old| {

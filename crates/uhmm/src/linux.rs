@@ -4,11 +4,12 @@ use uhmm_sys::{
     Errno,
     access::{self, UnwaitingReader},
     addr::{PAGE_SIZE, PageRange, VirtAddr},
-    arena, dispatch, exclude,
+    arena, clock, dispatch, exclude,
     maps::{self, Maps, Prot, Vma},
     mem::HostBytes,
     pagemap::{Page, Pagemap},
     probe::{Cap, masked},
+    thread,
     uffd::{self, Copied, Features, KernelFaults, Protect, RegisterMode, SrcHoles, Uffd, Wake},
 };
 
@@ -20,7 +21,6 @@ use crate::{
 /// The address space of this process.
 #[derive(Debug)]
 pub struct LinuxMm {
-    start: std::time::Instant,
     uffd: Uffd,
     /// Another, which memory of the first one's cannot be registered with.
     other: Uffd,
@@ -47,7 +47,7 @@ impl LinuxMm {
         let pagemap = Pagemap::open().map_err(StartError::Proc)?;
         let maps = Maps::open().map_err(StartError::Proc)?;
         let reader = UnwaitingReader::open().map_err(StartError::Proc)?;
-        Ok(Self { start: std::time::Instant::now(), uffd, other, pagemap, maps, reader, has_move })
+        Ok(Self { uffd, other, pagemap, maps, reader, has_move })
     }
 
     /// Whether the calling thread could open a userfaultfd as good as the engine's.
@@ -98,7 +98,7 @@ impl Os for LinuxMm {
     type Child = LinuxChild;
 
     fn now_ns(&self) -> u64 {
-        u64::try_from(self.start.elapsed().as_nanos()).expect("the process is younger than 584 years")
+        clock::now_ns()
     }
 
     fn has_move(&self) -> bool {
@@ -123,6 +123,10 @@ impl Os for LinuxMm {
 
     fn first_page(&self, range: PageRange) -> Result<Option<VirtAddr>, Errno> {
         self.pagemap.first(range)
+    }
+
+    fn is_in_mremap(&self, thread: u32) -> bool {
+        thread::is_in_mremap(thread)
     }
 
     fn excluded(&self, f: &mut dyn FnMut(PageRange)) {

@@ -31,12 +31,11 @@ use crate::{
     device_table::{Access, BLOCK_ORDER, DeviceTable, Pte},
     devices::{Entry, Memory, SharedBooks},
     engine::Core,
-    gate::pause,
     migrate::{Holes, OtherDevices, Outcomes, PageOutcome, Plan, ResidencyRule, refusal},
-    notifier::{IntervalOps, InvalidateSeq, Invalidated, ReadSeq},
+    notifier::{IntervalOps, InvalidateSeq, Invalidated, ReadSeq, Subscription},
     os::Os,
     page_set::PageSet,
-    sync::Words,
+    sync::{TimedOut, Waiter, Words},
     thread::Ctx,
     trace::{Counter, Why},
 };
@@ -226,20 +225,28 @@ impl<O: Os> Core<O> {
         addr: VirtAddr,
         left: Duration,
     ) -> Result<ReadSeq, FaultError> {
-        let (start, mut spins) = (Instant::now(), 0);
-        let seq = loop {
-            let left = left.saturating_sub(start.elapsed());
-            let seq = self.notifiers.read_begin_within(entry.subscription(), left).map_err(|_| timed_out(addr))?;
-            if !self.changes.any_in(PageRange::block_of(addr)) {
-                break seq;
-            }
-            if left.is_zero() {
-                return Err(timed_out(addr));
-            }
-            pause(&mut spins);
-        };
+        let seq = self.begin_look(entry.subscription(), PageRange::block_of(addr), left);
+        let seq = seq.map_err(|_| timed_out(addr))?;
         // A device that leaves says so before its translations are given up: this one is, or is not made.
         if entry.is_live() { Ok(seq) } else { Err(FaultError::NoDevice) }
+    }
+
+    /// Begins to look at `range`, for a subscription that has it, when no change of it is under way: neither one that was announced
+    /// nor an invalidation. Waits for `limit` at most.
+    pub(crate) fn begin_look(
+        &self,
+        subscription: &Subscription,
+        range: PageRange,
+        limit: Duration,
+    ) -> Result<ReadSeq, TimedOut> {
+        let mut waiter = Waiter::new(limit);
+        loop {
+            let seq = self.notifiers.read_begin_within(subscription, waiter.left())?;
+            if !self.changes.any_in(range) {
+                return Ok(seq);
+            }
+            waiter.pause()?;
+        }
     }
 
     /// Serves a device's fault at `addr`: installs a translation in its table and returns it. The table is the device's own;
@@ -264,6 +271,7 @@ impl<O: Os> Core<O> {
         let addr = page.start();
         let mut may_migrate = policy == DeviceFaultPolicy::Migrate;
         self.stats.add(Counter::DeviceFaults, 1);
+        let _translating = self.begin_translating();
         loop {
             let left = budget_left(start, addr)?;
             let entry = self.devices.with_table(device, table).ok_or(FaultError::NoDevice)?;

@@ -436,6 +436,14 @@ impl Mm {
     /// `mmu_notifier_invalidate_range_start` and `_end`.
     #[must_use = "until it is dropped"]
     pub fn changing(&self, range: PageRange, cause: crate::device::Cause) -> Changing {
+        // Where there is nothing to give up no mover is needed. Else one announces it: all of them might wait for what is announced
+        // here, and none be left to give anything up.
+        if let Some(number) = self.core.changes.announce(range) {
+            if !self.is_mirrored() {
+                return Changing { core: self.core, number: Some(number) };
+            }
+            self.core.changes.over(number);
+        }
         let request = Request::Invalidate { range, cause, until_over: true };
         let number = self.core.call(request, |_, reply| match reply {
             Reply::Announced(number) => Some(number),
@@ -524,12 +532,10 @@ impl Mm {
         self.core.call(Request::Unsplit { range }, |_, _| ());
     }
 
-    /// Whether any device has translations that an invalidation could concern.
+    /// Whether any device has translations that an invalidation could concern, or is about to, or a driver watches ([`Mm::subscribe`]).
     #[must_use]
     pub fn is_mirrored(&self) -> bool {
-        let mut any = false;
-        self.core.devices.for_each(|entry| any |= entry.table().entries() != 0);
-        any
+        self.core.is_mirrored()
     }
 
     /// Keeps the program's anonymous memory in RAM near `limit` bytes, by moving what is cold to the devices (see

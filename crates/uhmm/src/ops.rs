@@ -2,6 +2,7 @@
 
 use std::{
     ops::ControlFlow,
+    sync::atomic::Ordering::SeqCst,
     time::{Duration, Instant},
 };
 
@@ -17,7 +18,7 @@ use crate::{
     device::{Cause, DeviceId, Invalidation},
     devices::{AddError, Entry},
     engine::Core,
-    job::{DeviceRef, Job, Reply, Request},
+    job::{DeviceRef, Job, OpsRef, Reply, Request},
     migrate::{Outcomes, PageOutcome, refusal},
     notifier::Ops,
     os::Os,
@@ -111,14 +112,17 @@ impl<O: Os> Core<O> {
                 drop(self.invalidate(&Invalidation { range, cause, owner: None }));
                 number.map_or(Reply::Done, Reply::Announced)
             }
-            Request::Subscribe { range, ops } => match self.notifiers.insert(range, Ops::Static(ops.0)) {
-                Ok(subscription) => arena::value(subscription).map_or_else(Reply::Failed, Reply::Subscribed),
-                Err(error) => Reply::NotSubscribed(error),
-            },
+            Request::Subscribe { range, ops } => self.subscribe(range, ops),
             Request::Unsubscribe { subscription } => {
-                self.notifiers.remove(subscription).map_or_else(Reply::TimedOut, |()| Reply::Done)
+                let removed = self.notifiers.remove(subscription);
+                if removed.is_ok() {
+                    self.watches.fetch_sub(1, SeqCst);
+                }
+                removed.map_or_else(Reply::TimedOut, |()| Reply::Done)
             }
-            Request::MakeAnonymous { range } => self.make_anonymous(range).map_or_else(Reply::Failed, Reply::Adopted),
+            Request::MakeAnonymous { range } => {
+                self.make_anonymous(ctx, range).map_or_else(Reply::Failed, Reply::Adopted)
+            }
             Request::Touch { range } => {
                 self.touch(ctx, range);
                 Reply::Done
@@ -147,6 +151,19 @@ impl<O: Os> Core<O> {
             }
             Request::Close => Reply::Left(self.close(ctx)),
         }
+    }
+
+    fn subscribe(&self, range: PageRange, ops: OpsRef) -> Reply {
+        // Before it can be called: see `Core::is_mirrored`.
+        self.watches.fetch_add(1, SeqCst);
+        let reply = match self.notifiers.insert(range, Ops::Static(ops.0)) {
+            Ok(subscription) => arena::value(subscription).map_or_else(Reply::Failed, Reply::Subscribed),
+            Err(error) => Reply::NotSubscribed(error),
+        };
+        if !matches!(reply, Reply::Subscribed(_)) {
+            self.watches.fetch_sub(1, SeqCst);
+        }
+        reply
     }
 
     /// Brings everything of `range` home that is away, and tells what became of each such page.

@@ -58,7 +58,7 @@ pub trait Os: Send + Sync + std::fmt::Debug + 'static {
     /// See [`ChildMm`].
     type Child: ChildMm + Send + std::fmt::Debug;
 
-    /// Nanoseconds since some fixed point.
+    /// Nanoseconds since some moment, the same for a process and those that it forks.
     fn now_ns(&self) -> u64;
     /// Whether `UFFDIO_MOVE` may be used.
     fn has_move(&self) -> bool;
@@ -94,6 +94,8 @@ pub trait Os: Send + Sync + std::fmt::Debug + 'static {
     /// # Errors
     /// As [`Os::scan`].
     fn first_page(&self, range: PageRange) -> Result<Option<VirtAddr>, Errno>;
+    /// Whether a thread of the program waits inside of `mremap`.
+    fn is_in_mremap(&self, thread: u32) -> bool;
     /// Calls `f` for memory that must stay: the engine's own, and what the kernel writes to behind a dying thread.
     fn excluded(&self, f: &mut dyn FnMut(PageRange));
     /// Calls `f` for the parts of `range` that the kernel may touch at any time without being served: they must neither leave

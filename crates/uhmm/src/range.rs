@@ -217,6 +217,7 @@ impl<O: Os> Core<O> {
         access: Access,
         detail: Detail,
     ) -> Result<(), FaultError> {
+        let _translating = self.begin_translating();
         for part in range.iter_blocks() {
             let start = Instant::now();
             loop {
@@ -393,6 +394,7 @@ impl<O: Os> Core<O> {
     /// Installs translations for pages of `range` that are on the device: after a migration, so that its first access
     /// need not fault. Gives up quietly where anything changes meanwhile; the access then faults.
     pub(crate) fn map_local(&'static self, entry: &'static Entry, range: PageRange) {
+        let _translating = self.begin_translating();
         for part in range.iter_blocks() {
             let Some(block) = self.blocks.find(part.start()) else { continue };
             let Ok(seq) = self.notifiers.read_begin(entry.subscription()) else { return };

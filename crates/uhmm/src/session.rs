@@ -10,6 +10,7 @@
 //! | [`RESIDENT`] | bytes of anonymous memory that each process keeps in RAM |
 //! | [`STRESS`] | seed of the stress threads |
 //! | [`FROM_START`] | seconds: each process waits so long, at most, to be managed from its first instruction on |
+//! | [`START_DELAY`] | milliseconds by which each engine starts later: for tests |
 //! | [`STRICT`] | `1`: a process that cannot be managed ends with status 125 instead of running unmanaged |
 //!
 //! Without [`RESIDENT`] and [`STRESS`] nothing moves, and no engine is started.
@@ -47,6 +48,8 @@ pub const RESIDENT: &str = "UHMM_RESIDENT";
 pub const STRESS: &str = "UHMM_STRESS";
 /// Name of the variable that makes a program wait for its engine.
 pub const FROM_START: &str = "UHMM_FROM_START";
+/// Name of the variable that has engines start late.
+pub const START_DELAY: &str = "UHMM_START_DELAY";
 /// Name of the variable that makes failures fatal.
 pub const STRICT: &str = "UHMM_STRICT";
 

@@ -7,6 +7,7 @@ use thiserror::Error;
 use uhmm_sys::{Errno, addr::PageRange, arena};
 
 use crate::{
+    engine::NOTIFIER_WAIT,
     job::{OpsRef, Reply, Request},
     mm::Mm,
     notifier::{InsertError, IntervalOps, ReadSeq, Retry, Subscription, UpdateGuard},
@@ -60,12 +61,13 @@ impl Watch {
         self.subscription.range()
     }
 
-    /// Begins a snapshot: waits while an invalidation that overlaps the range runs.
+    /// Begins a snapshot: waits while an invalidation that overlaps the range runs, or a change of it that was announced
+    /// ([`Mm::changing`]) is not over.
     ///
     /// # Errors
-    /// [`TimedOut`], if one does not end in time.
+    /// [`TimedOut`], if one does not end in ten seconds.
     pub fn read_begin(&self) -> Result<ReadSeq, TimedOut> {
-        self.mm.core.notifiers.read_begin(self.subscription)
+        self.mm.core.begin_look(self.subscription, self.range(), NOTIFIER_WAIT)
     }
 
     /// Whether the snapshot is known to be out of date; a hint to stop early.

@@ -208,6 +208,34 @@ fn mremap_moves_a_part_of_a_block() {
 }
 
 #[test]
+fn locked_memory_grows_where_it_moves_to() {
+    isolated!(|| {
+        locked_memory_moves()?;
+        let world = World::with_kernel_faults(16)?;
+        each_way(|shape, via| {
+            let area = Area::filled(shape, 1, 1);
+            assert_eq!(syscall(libc::SYS_mlock, [area.start, area.len(), 0, 0, 0, 0]), Ok(0));
+            world.send(&area);
+            // The kernel fills the new half before it tells of the old one's move.
+            let moved = via.mremap(area.start, area.len(), 2 * area.len(), libc::MREMAP_MAYMOVE, 0).unwrap();
+            assert_ne!(moved, area.start);
+            let (old, new) = (Area { start: moved, ..area }, Area { start: moved + area.len(), ..area });
+            old.check(1);
+            new.check_zero();
+            new.fill(2);
+            world.send(&old);
+            world.send(&new);
+            old.check(1);
+            new.check(2);
+            unmap(moved, 2 * area.len());
+        });
+        world.frames_become(0);
+        world.finish();
+        Ok(())
+    });
+}
+
+#[test]
 fn what_a_shared_segment_has_replaced_is_in_nobodys_way() {
     isolated!(|| {
         let world = World::new(16)?;

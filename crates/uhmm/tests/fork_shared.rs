@@ -59,6 +59,24 @@ fn the_child_sees_the_moment_of_the_fork_and_frames_stay() {
 }
 
 #[test]
+fn the_child_knows_for_how_long_pages_are_where_they_are() {
+    isolated!(|| {
+        let (_mm, mirror) = hidden(8 << 20)?;
+        let memory = Memory::new(16);
+        memory.fill();
+        assert!(mirror.migrate(memory.range(), &MigrateOptions::default()).is_complete());
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        let status = in_child(|| {
+            let mm = Mm::open_with(Setup { threads: Threads::Hidden, ..Setup::default() }).expect("the child's own");
+            let residency = mm.residency(memory.range().start());
+            assert!(residency.for_ms.is_some_and(|ms| (300..60_000).contains(&ms)), "{residency:?}");
+        });
+        assert_eq!(status, End::Exit(0));
+        Ok(())
+    });
+}
+
+#[test]
 fn much_is_dropped_while_nothing_may_leave() {
     isolated!(|| {
         // Frames that a child could have too, and more of them than any list of the engine has room for.

@@ -13,6 +13,7 @@ use std::{
     hint::black_box,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     ptr,
+    sync::atomic::{AtomicU64, Ordering::SeqCst},
 };
 
 use uhmm::{
@@ -30,7 +31,7 @@ use crate::common::{
     eventually,
     kit::{
         Area, BLOCK, End, PAGE, RW, SHAPES, Shape, Via, World, arg, errno, expect_page, fork_child, has_move,
-        locked_memory_moves, map, peek, pointer, poke, summary, syscall, virt, wait_for,
+        locked_memory_moves, map, peek, pointer, poke, summary, syscall, virt, wait_for, write_page,
     },
 };
 
@@ -55,6 +56,31 @@ fn private_file_pages_stay() {
         poke(area.page(3), 77);
         expect_all(&world, &area, PageOutcome::FileBacked);
         assert_eq!((peek(area.start), peek(area.page(3))), (magic, 77));
+        world.finish();
+        Ok(())
+    });
+}
+
+#[test]
+fn written_pages_of_a_private_file_can_be_made_to_move() {
+    // Written, and in a page of a file mapping that the engine's own code is in.
+    static OWN: AtomicU64 = AtomicU64::new(1);
+    isolated!(|| {
+        let world = World::new(16)?;
+        let exe = File::open("/proc/self/exe").unwrap();
+        let at = Via::Libc.mmap(0, 32 * PAGE, RW, libc::MAP_PRIVATE, exe.as_raw_fd()).unwrap();
+        let area = Area { start: at, pages: 32 };
+        let magic = peek(area.start);
+        let written = [3, 4, 9];
+        written.iter().for_each(|&n| write_page(area.page(n), 1, n));
+        assert_eq!(world.mm.make_anonymous(area.range()), Ok(written.len()));
+        let report = world.migrate(&area);
+        assert_eq!(report.count(PageOutcome::Moved), written.len(), "{:?}", summary(&report));
+        assert_eq!(report.count(PageOutcome::FileBacked), area.pages - written.len(), "{:?}", summary(&report));
+        written.iter().for_each(|&n| expect_page(area.page(n), 1, n));
+        assert_eq!(peek(area.start), magic);
+        OWN.store(2, SeqCst);
+        assert_eq!(world.mm.make_anonymous(PageRange::page_of(VirtAddr::of(&raw const OWN))), Ok(0));
         world.finish();
         Ok(())
     });

@@ -240,7 +240,14 @@ fn a_device_waits_for_a_change_that_was_announced() {
         let (area, other) = (Area::filled(Shape::Small, 1, 1), Area::filled(Shape::Small, 1, 2));
         let port = mirror.port().unwrap();
         let load = |range| port.fault_range(range, Access::Read, Detail::Cheap);
+        // While no device has anything to give up nobody has to be asked.
+        assert!(!mm.is_mirrored());
+        let changing = mm.changing(area.range(), Cause::Protect);
+        assert!(changing.is_announced());
+        assert!(matches!(load(area.range()), Err(FaultError::TimedOut { .. })));
+        drop(changing);
         load(area.range()).unwrap();
+        assert!(mm.is_mirrored());
         // One that is not over.
         let changing = mm.changing(area.range(), Cause::Protect);
         assert!(changing.is_announced());

@@ -6,12 +6,15 @@
 #[expect(clippy::unnecessary_safety_comment, reason = "clippy reads the word UNSAFETY above as a safety comment")]
 mod common;
 
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::{
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    time::Duration,
+};
 
 use uhmm::{
     MigrateOptions,
     addr::PageRange,
-    device::Invalidation,
+    device::{Cause, Invalidation},
     notifier::{IntervalOps, InvalidateSeq, Invalidated},
 };
 use uhmm_testkit::isolated;
@@ -67,6 +70,35 @@ fn overlapping_and_nested_notifiers_hear_of_what_concerns_them() {
         assert_eq!(AFTER.load(SeqCst), before, "it was removed");
         wide.remove().unwrap();
         inner.remove().unwrap();
+        Ok(())
+    });
+}
+
+#[test]
+fn a_driver_waits_for_a_change_that_was_announced() {
+    isolated!(|| {
+        static CALLS: AtomicUsize = AtomicUsize::new(0);
+        let (mm, mirror) = mm_with(64 << 20);
+        let memory = Memory::new(64);
+        let watch = mm.subscribe(memory.range(), Count(&CALLS)).unwrap();
+        let before = watch.read_begin().unwrap();
+        let over = AtomicBool::new(false);
+        let changing = mm.changing(memory.range(), Cause::Protect);
+        assert_eq!(CALLS.load(SeqCst), 1);
+        assert!(watch.commit(before).is_err(), "it looked before the change");
+        std::thread::scope(|scope| {
+            let begun = scope.spawn(|| {
+                let seq = watch.read_begin().unwrap();
+                (seq, over.load(SeqCst))
+            });
+            std::thread::sleep(Duration::from_millis(20));
+            over.store(true, SeqCst);
+            drop(changing);
+            let (seq, waited) = begun.join().unwrap();
+            assert!(waited && watch.commit(seq).is_ok());
+        });
+        watch.remove().unwrap();
+        mirror.close().unwrap();
         Ok(())
     });
 }

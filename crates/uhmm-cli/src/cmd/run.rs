@@ -54,7 +54,8 @@ pub struct Args {
     stress: Option<String>,
     /// Manage each process from its first instruction on: it waits until it can be, for SECONDS at most. Without this one that
     /// ends within some 20 ms is left alone, and what a process does in that time, its forks too, goes unmanaged.
-    #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "30")]
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "30",
+          value_parser = clap::value_parser!(u64).range(1..))]
     from_start: Option<u64>,
     /// Print all figures to standard error at the end. Without this: one line, where something was to move.
     #[arg(long, value_name = "json", num_args = 0..=1, require_equals = true, default_missing_value = "table",

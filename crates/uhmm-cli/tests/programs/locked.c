@@ -2,6 +2,21 @@
 #include "common.h"
 #include <sys/prctl.h>
 
+/* Memory that moves and grows: the kernel fills what it grows by at once. */
+static void grow(void)
+{
+	size_t bytes = 4 * MIB;
+	char *at = map(bytes), *to;
+
+	fill(at, bytes, 3);
+	usleep(5000);
+	to = mremap(at, bytes, 2 * bytes, MREMAP_MAYMOVE);
+	CHECK(to != MAP_FAILED);
+	check(to, bytes, 3);
+	CHECK(to[bytes] == 0 && to[2 * bytes - 1] == 0);
+	CHECK(munmap(to, 2 * bytes) == 0);
+}
+
 int main(int argc, char **argv)
 {
 	size_t bytes = 16 * MIB;
@@ -25,6 +40,7 @@ int main(int argc, char **argv)
 		check(early, bytes, 1);
 		check(late, bytes, 2);
 		free(memset(malloc(MIB), 1, MIB));
+		grow();
 	}
 	CHECK(munlockall() == 0);
 	check(early, bytes, 1);

@@ -3,62 +3,9 @@
  * Arguments: the first node, private or coherent (the second is its neighbour), and whether page frames are known ("frames") or
  * not ("blind"): without them no device knows what can be written without a fault.
  */
-#include "common.h"
+#include "nodes.h"
 
-#define HUGE_BYTES (2 * MIB)
-
-enum { READ, WRITE, TO_DEVICE, TO_SYSTEM, SNAPSHOT, EXCLUSIVE, CHECK_EXCLUSIVE, RELEASE, FLAGS, READ_UNLOCKED };
-
-struct command {
-	uint64_t addr, ptr, pages, copied, faults;
-};
-
-static int coherent, frames;
-static int nodes[2];
-/* What the last command told. */
-static struct command told;
-static unsigned char seen[4096];
-
-#define SAME(a, b)                                                                                                     \
-	do {                                                                                                           \
-		long a_ = (long)(a), b_ = (long)(b);                                                                   \
-		if (a_ != b_) {                                                                                        \
-			fprintf(stderr, "%s:%d: %s is %ld (%#lx), not %s = %ld (%#lx)\n", __func__, __LINE__, #a, a_,  \
-				a_, #b, b_, b_);                                                                       \
-			failures++;                                                                                    \
-		}                                                                                                      \
-	} while (0)
-static int failures;
-
-static char path[] = "/dev/hmm_dmirrorN";
-
-static int node(int n)
-{
-	path[sizeof path - 2] = '0' + n;
-	return open(path, O_RDWR);
-}
-
-static int ask(int fd, int number, const void *addr, void *ptr, uint64_t pages)
-{
-	/* What an error must leave as it is. */
-	struct command command = { (uintptr_t)addr, (uintptr_t)ptr, pages, 77, 88 };
-	int answer = ioctl(fd, _IOWR('H', number, struct command), &command);
-
-	if (answer != 0) {
-		SAME(command.copied, 77);
-		SAME(command.faults, 88);
-	}
-	told = command;
-	return answer == 0 ? 0 : -errno;
-}
-
-static char *anonymous(uint64_t pages, int prot)
-{
-	char *at = mmap(NULL, pages * PAGE, prot, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-	CHECK(at != MAP_FAILED);
-	return at;
-}
+static char buffer[16 * 4096];
 
 /* Pages, each filled with a letter of its own. */
 static char *filled(uint64_t pages)
@@ -70,60 +17,10 @@ static char *filled(uint64_t pages)
 	return at;
 }
 
-static char buffer[16 * 4096];
-
-/* The byte of a snapshot for a page of the first device's, or the second's, that may be written or not. */
-static int local(int access)
-{
-	return (coherent ? 0x40 : 0x20) | access;
-}
-
+/* The byte of a snapshot for a page of the second device's. */
 static int remote(int access)
 {
 	return coherent ? 0x50 | access : 0;
-}
-
-/* What a snapshot shows of a page in RAM that may be written. */
-static int writable(void)
-{
-	return frames ? 2 : 1;
-}
-
-static unsigned char *look(int fd, const void *addr, uint64_t pages)
-{
-	SAME(ask(fd, SNAPSHOT, addr, seen, pages), 0);
-	SAME(told.copied, pages);
-	return seen;
-}
-
-static uint64_t page_map(const void *addr)
-{
-	int fd = open("/proc/self/pagemap", O_RDONLY);
-	uint64_t word = 0;
-
-	CHECK(fd >= 0 && pread(fd, &word, 8, (uintptr_t)addr / PAGE * 8) == 8);
-	close(fd);
-	return word;
-}
-
-/* Whether a page is known not to be there, and not to be lost either. */
-static int is_swapped(const void *addr)
-{
-	return page_map(addr) >> 62 == 1;
-}
-
-static int is_present(const void *addr)
-{
-	return page_map(addr) >> 63;
-}
-
-/* Whether a page is on a device: out of the CPU's page table, where the memory is private. */
-static void expect_away(const char *addr, uint64_t pages)
-{
-	for (uint64_t n = 0; n < pages; n++) {
-		SAME(is_present(addr + n * PAGE), coherent);
-		SAME(is_swapped(addr + n * PAGE), !coherent);
-	}
 }
 
 static void checks_come_in_order(void)
@@ -528,44 +425,6 @@ static void mappings_move_with_what_is_away(void)
 	munmap(to, 16 * PAGE);
 }
 
-static void a_huge_page_is_one_unit(void)
-{
-	static char bytes[HUGE_BYTES];
-	char *area = anonymous(1024, PROT_READ | PROT_WRITE);
-	char *at = (char *)(((uintptr_t)area + HUGE_BYTES - 1) & -(uintptr_t)HUGE_BYTES);
-
-	madvise(at, HUGE_BYTES, MADV_HUGEPAGE);
-	memset(at, 'h', HUGE_BYTES);
-	look(nodes[0], at, 512);
-	if (!(seen[0] & 4)) {
-		printf("skipped: no huge page\n");
-	} else if (!coherent) {
-		SAME(seen[511], writable() | 4);
-		SAME(ask(nodes[0], TO_DEVICE, at, bytes, 512), 0);
-		SAME(look(nodes[0], at, 512)[0], 0x26);
-		SAME(seen[511], 0x26);
-		SAME(is_present(at), 0);
-		SAME(at[5], 'h');
-		/* All of it at once, where huge pages move as they are. */
-		if (getenv("UHMM_MASK") == NULL) {
-			SAME(is_present(at + 511 * PAGE), 1);
-			SAME(is_present(at + 100 * PAGE), 1);
-		}
-		SAME(ask(nodes[0], TO_DEVICE, at, bytes, 512), 0);
-		SAME(ask(nodes[0], TO_SYSTEM, at, bytes, 512), 0);
-		SAME(told.copied, look(nodes[0], at, 1)[0] & 4 ? 1 : told.copied);
-		/* A part of it goes. */
-		SAME(ask(nodes[0], TO_DEVICE, at, bytes, 512), 0);
-		munmap(at + 16 * PAGE, 16 * PAGE);
-		SAME(look(nodes[0], at, 512)[0], 0x22);
-		SAME(seen[16], 0xff);
-		SAME(seen[32], 0x22);
-		SAME(at[PAGE], 'h');
-		SAME(at[40 * PAGE], 'h');
-	}
-	munmap(area, 1024 * PAGE);
-}
-
 static void an_allocation_that_fails_is_an_error(void)
 {
 	char *at = filled(2);
@@ -673,23 +532,12 @@ static void no_write_is_lost_while_pages_come_and_go(void)
 
 int main(int argc, char **argv)
 {
-	int first;
-
-	CHECK(argc == 3);
-	coherent = strcmp(argv[1], "coherent") == 0;
-	frames = strcmp(argv[2], "frames") == 0;
-	first = coherent ? 2 : 0;
 	/* For users without privileges the page below the thread's own storage stays where it is. Nothing is to lie there. */
 	anonymous(16, PROT_NONE);
 	SAME(node(4), -1);
 	SAME(errno, ENOENT);
-	nodes[0] = node(first);
-	if (nodes[0] < 0 && coherent && errno == ENOENT) {
-		printf("skipped: no coherent memory here\n");
+	if (!open_nodes(argc, argv))
 		return 0;
-	}
-	nodes[1] = node(first + 1);
-	CHECK(nodes[0] >= 0 && nodes[1] >= 0);
 	checks_come_in_order();
 	faults_are_counted();
 	untouched_memory_reads_as_zeros();
@@ -707,7 +555,6 @@ int main(int argc, char **argv)
 	exclusive_is_exclusive();
 	a_child_has_its_own();
 	mappings_move_with_what_is_away();
-	a_huge_page_is_one_unit();
 	an_allocation_that_fails_is_an_error();
 	release_and_close_return_everything();
 	a_node_can_be_mapped();
