@@ -5,7 +5,10 @@
 //! every question.
 // UNSAFETY: an ioctl that fills a structure and a name.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::{
+    ffi::CStr,
+    os::fd::{AsFd, OwnedFd},
+};
 
 use bitflags::bitflags;
 
@@ -248,9 +251,32 @@ fn backing(inode: u64, device: u32, name: &[u8]) -> Backing {
     }
 }
 
-/// Calls `f` for each line of `/proc/self/maps` until it says to stop.
+/// Whether part of `range` is sealed. `false` where the kernel does not say; takes long in large processes.
+///
+/// # Kernel
+/// `mseal(2)`; `sl` among the flags in `/proc/self/smaps`.
+#[must_use]
+pub fn is_any_sealed(range: PageRange) -> bool {
+    let (mut here, mut found) = (false, false);
+    let _ = each_line(c"/proc/self/smaps", &mut |line| {
+        if let Some(vma) = parse_line(line) {
+            here = vma.range.overlaps(range);
+            return vma.range.start() >= range.end();
+        }
+        found |= here && line.strip_prefix(b"VmFlags:").is_some_and(|f| f.split(|&b| b == b' ').any(|f| f == b"sl"));
+        found
+    });
+    found
+}
+
+/// Calls `f` for each mapping in `/proc/self/maps` until it says to stop.
 fn read_text(f: &mut dyn FnMut(Vma) -> bool) -> Result<(), Errno> {
-    let file = raw::open(c"/proc/self/maps", libc::O_RDONLY)?;
+    each_line(c"/proc/self/maps", &mut |line| parse_line(line).is_some_and(&mut *f))
+}
+
+/// Calls `f` for each line of a file until it says to stop. Long lines are cut off.
+fn each_line(path: &CStr, f: &mut dyn FnMut(&[u8]) -> bool) -> Result<(), Errno> {
+    let file = raw::open(path, libc::O_RDONLY)?;
     let mut buf = [0u8; TEXT];
     let mut held = 0;
     // Set while the rest of a line longer than the buffer is passed over.
@@ -272,14 +298,14 @@ fn read_text(f: &mut dyn FnMut(Vma) -> bool) -> Result<(), Errno> {
             if std::mem::take(&mut skipping) {
                 continue;
             }
-            if parse_line(line).is_some_and(&mut *f) {
+            if f(line) {
                 return Ok(());
             }
         }
         buf.copy_within(from..held, 0);
         held -= from;
         if held == TEXT {
-            if !skipping && parse_line(&buf).is_some_and(&mut *f) {
+            if !skipping && f(&buf) {
                 return Ok(());
             }
             skipping = true;

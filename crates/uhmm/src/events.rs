@@ -132,6 +132,9 @@ impl<O: Os> Core<O> {
     /// by then. It is still there, registered; whatever is mapped there now in its place is not, as long as something is
     /// changing.
     fn unmapped(&'static self, range: PageRange, reader: &mut Reader<O::Child>) {
+        if self.was_refused(range) {
+            return;
+        }
         let mut at = range.start();
         while let Ok(rest) = PageRange::from_ends(at, range.end()) {
             let arrival = reader.arrivals.lowest_in(rest);
@@ -158,6 +161,14 @@ impl<O: Os> Core<O> {
             self.drop_pages(part, reader);
             at = part.end();
         }
+    }
+
+    /// Whether a `munmap` of `range` was refused because something in it is sealed. Linux 6.18 says that it was done.
+    fn was_refused(&self, range: PageRange) -> bool {
+        let away = self.any_unsettled(range).map(|(block, i)| block.page(i));
+        // Nothing is there now, most likely.
+        let is_there = |page| self.os.vma(page).is_ok_and(|vma| vma.is_some_and(|vma| vma.range.contains(page)));
+        away.is_some_and(is_there) && self.os.is_any_sealed(range)
     }
 
     /// What is mapped there next has no past.

@@ -125,6 +125,10 @@ impl Os for LinuxMm {
         self.pagemap.first(range)
     }
 
+    fn is_any_sealed(&self, range: PageRange) -> bool {
+        maps::is_any_sealed(range)
+    }
+
     fn is_in_mremap(&self, thread: u32) -> bool {
         thread::is_in_mremap(thread)
     }

@@ -94,6 +94,8 @@ pub trait Os: Send + Sync + std::fmt::Debug + 'static {
     /// # Errors
     /// As [`Os::scan`].
     fn first_page(&self, range: PageRange) -> Result<Option<VirtAddr>, Errno>;
+    /// Whether part of `range` is sealed (`mseal(2)`), as far as the kernel says. Takes long.
+    fn is_any_sealed(&self, range: PageRange) -> bool;
     /// Whether a thread of the program waits inside of `mremap`.
     fn is_in_mremap(&self, thread: u32) -> bool;
     /// Calls `f` for memory that must stay: the engine's own, and what the kernel writes to behind a dying thread.

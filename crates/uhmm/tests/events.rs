@@ -208,6 +208,27 @@ fn mremap_moves_a_part_of_a_block() {
 }
 
 #[test]
+fn a_munmap_that_is_refused_loses_nothing() {
+    isolated!(|| {
+        const SYS_MSEAL: libc::c_long = 462;
+        let world = World::new(16)?;
+        let area = Area::filled(Shape::Small, 1, 1);
+        let (free, sealed) = (area.part(0..256), area.part(256..512));
+        if syscall(SYS_MSEAL, [sealed.start, sealed.len(), 0, 0, 0, 0]).is_err() {
+            return Err(Skip("the kernel seals nothing".to_owned()));
+        }
+        for via in [Via::Libc, Via::Raw] {
+            world.send(&free);
+            assert_eq!(via.munmap(area.start, area.len()), -1);
+            area.check(1);
+        }
+        assert_eq!(Via::Raw.munmap(free.start, free.len()), 0);
+        world.finish();
+        Ok(())
+    });
+}
+
+#[test]
 fn locked_memory_grows_where_it_moves_to() {
     isolated!(|| {
         locked_memory_moves()?;
