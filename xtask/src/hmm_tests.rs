@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::{
     contained::{Contained, End},
-    kernel_source::{self, Built, Lookup, Program},
+    kernel_source::{self, Built, Program},
     process, root,
     summary::Counts,
     tap::{self, Outcome},
@@ -144,14 +144,7 @@ const NEEDS_FRAMES: &str = "needs /proc/kpageflags";
 /// # Errors
 /// The run itself could not go on; a case that is worse than expected is no error but `false`.
 pub fn run(options: &Options) -> Result<bool> {
-    let source = match kernel_source::ensure()? {
-        Lookup::There(source) => source,
-        Lookup::Missing(reason) => {
-            println!("skipped: {reason}");
-            println!("{}", Counts { skipped: 1, ..Counts::default() });
-            return Ok(true);
-        }
-    };
+    let Some(source) = kernel_source::get_or_skip()? else { return Ok(true) };
     let expected = parse_expected(EXPECTED)?;
     let only = options.only.as_deref().unwrap_or_default();
     let expected: Vec<_> = expected.into_iter().filter(|case| case.name.contains(only)).collect();

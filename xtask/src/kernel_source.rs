@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{packages, process, target_dir};
+use crate::{packages, process, summary::Counts, target_dir};
 
 /// The Debian package, which is also the name of the directory in its archive.
 const PACKAGE: &str = "linux-source-6.12";
@@ -69,6 +69,21 @@ pub enum Built {
     There(PathBuf),
     /// What the compiler said.
     Failed(String),
+}
+
+/// The sources. Where they cannot be had here, says so in the runner's lines: there is nothing to do then.
+///
+/// # Errors
+/// What else goes wrong.
+pub fn get_or_skip() -> Result<Option<KernelSource>> {
+    Ok(match ensure()? {
+        Lookup::There(source) => Some(source),
+        Lookup::Missing(reason) => {
+            println!("skipped: {reason}");
+            println!("{}", Counts { skipped: 1, ..Counts::default() });
+            None
+        }
+    })
 }
 
 /// Finds the sources, gets them where that is allowed, and says what it does.

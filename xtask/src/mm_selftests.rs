@@ -18,7 +18,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
     contained::{Contained, End, Ran},
-    kernel_source::{self, Built, KernelSource, Lookup, Program},
+    kernel_source::{self, Built, KernelSource, Program},
     packages, process, programs, root,
     summary::Counts,
     tap::{self, Case, Outcome},
@@ -186,14 +186,7 @@ fn has_header(name: &str) -> bool {
 /// # Errors
 /// The run itself could not go on; a test that does worse under uhmm is no error but `false`.
 pub fn run(options: &Options) -> Result<bool> {
-    let source = match kernel_source::ensure()? {
-        Lookup::There(source) => source,
-        Lookup::Missing(reason) => {
-            println!("skipped: {reason}");
-            println!("{}", Counts { skipped: 1, ..Counts::default() });
-            return Ok(true);
-        }
-    };
+    let Some(source) = kernel_source::get_or_skip()? else { return Ok(true) };
     let only = options.only.as_deref().unwrap_or_default();
     let tests: Vec<_> = TESTS.iter().filter(|test| test.title().contains(only)).collect();
     ensure!(!tests.is_empty(), "no test has {only:?} in its name");

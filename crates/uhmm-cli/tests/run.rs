@@ -18,6 +18,7 @@ use std::{
 };
 
 use serde_json::Value;
+use uhmm_testkit::build::{Dir, shared_library};
 
 const UHMM: &str = env!("CARGO_BIN_EXE_uhmm");
 /// No program takes as long, on whatever machine.
@@ -29,53 +30,28 @@ const SIGTERM: i32 = 15;
 
 // The means.
 
-/// The preload library, built where it is not.
+/// The preload library.
 fn library() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
-    LIBRARY.get_or_init(|| {
-        let dir = Path::new(UHMM).parent().unwrap();
-        let library = dir.join("libuhmm_preload.so");
-        let mut build = Command::new(option_env!("CARGO").unwrap_or("cargo"));
-        build.args(["build", "--quiet", "--offline", "-p", "uhmm-preload", "--target-dir"]).arg(dir.parent().unwrap());
-        if dir.ends_with("release") {
-            build.arg("--release");
-        }
-        // Another user, who runs what was built before, has neither cargo nor the right to write there.
-        let built = build.current_dir(env!("CARGO_MANIFEST_DIR")).status().is_ok_and(|status| status.success());
-        assert!(built || library.exists(), "{} cannot be built", library.display());
-        library
-    })
+    LIBRARY.get_or_init(|| shared_library("uhmm-preload"))
 }
 
-/// A directory of the test's own, removed at the end. Everybody may enter it.
-struct Dir(PathBuf);
-
-impl Dir {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("uhmm-run-{}-{name}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir(&path).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        Self(path)
-    }
-
-    fn join(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-
+/// What is put into a test's directory.
+trait Programs {
     /// Compiles one of the programs.
+    fn program(&self, name: &str) -> PathBuf;
+    fn program_as(&self, source: &str, name: &str, options: &[&str]) -> PathBuf;
+    fn script(&self, name: &str, text: &str) -> PathBuf;
+}
+
+impl Programs for Dir {
     fn program(&self, name: &str) -> PathBuf {
-        self.compile(name, name, &[])
+        self.program_as(name, name, &[])
     }
 
-    fn compile(&self, source: &str, name: &str, options: &[&str]) -> PathBuf {
+    fn program_as(&self, source: &str, name: &str, options: &[&str]) -> PathBuf {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs").join(format!("{source}.c"));
-        let to = self.join(name);
-        let mut gcc = Command::new("gcc");
-        gcc.args(["-O1", "-Wall", "-Wextra", "-Werror", "-pthread"]).args(options).arg("-o").arg(&to).arg(source);
-        let output = gcc.output().expect("gcc is installed");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        to
+        self.compile(&source, name, options)
     }
 
     fn script(&self, name: &str, text: &str) -> PathBuf {
@@ -83,12 +59,6 @@ impl Dir {
         fs::write(&path, text).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         path
-    }
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -295,8 +265,8 @@ fn what_is_not_there_or_cannot_run_has_the_status_that_env_gives() {
 #[test]
 fn a_program_that_loads_no_library_is_refused() {
     let dir = Dir::new("static");
-    let program = dir.compile("hello", "hello", &["-static"]);
-    let pie = dir.compile("hello", "hello-pie", &["-static-pie"]);
+    let program = dir.program_as("hello", "hello", &["-static"]);
+    let pie = dir.program_as("hello", "hello-pie", &["-static-pie"]);
     let script = dir.script("script", &format!("#!{}\n", program.display()));
     for program in [program, pie, script] {
         let done = run(uhmm(&[]).arg(&program));
@@ -341,7 +311,7 @@ fn scripts_run_by_their_interpreters() {
 #[test]
 fn devices_that_cannot_be_are_named_before_the_program_runs() {
     let dir = Dir::new("device");
-    let dir = dir.0.to_str().unwrap();
+    let dir = dir.path().to_str().unwrap();
     let huge = format!("soft:8000G,file={dir}");
     let missing = format!("soft:1G,file={dir}/none");
     for (device, says) in [
@@ -653,7 +623,7 @@ fn forked_children_see_the_moment_of_their_fork() {
     let program = dir.program("forks");
     in_each_way(&program, &[]);
     if moves() {
-        let device = format!("soft:1G,file={}", dir.0.display());
+        let device = format!("soft:1G,file={}", dir.path().display());
         let done = run(uhmm(&["--from-start", "--stats=json", "--resident", "2M", "--device", &device]).arg(&program));
         assert_eq!(done.code(), 0, "{}", done.err);
         let figures = done.figures();
@@ -721,7 +691,7 @@ fn sixty_thousand_mappings_are_borne() {
 #[test]
 fn thread_local_storage_of_a_late_library_works() {
     let dir = Dir::new("storage");
-    let library = dir.compile("storage_library", "libstorage.so", &["-shared", "-fPIC"]);
+    let library = dir.program_as("storage_library", "libstorage.so", &["-shared", "-fPIC"]);
     in_each_way(&dir.program("storage"), &[library.to_str().unwrap()]);
 }
 
@@ -816,7 +786,7 @@ fn memory_that_grows_at_full_speed_waits_for_reclaim() {
 
 /// Runs a program whose memory may not stay; all but 32 MiB goes to a file, which is nobody's memory. Returns the figures.
 fn stays_near_the_limit(dir: &Dir, options: &[&str], program: &Path, arguments: &[&str]) -> Value {
-    let device = format!("soft:2G,file={}", dir.0.display());
+    let device = format!("soft:2G,file={}", dir.path().display());
     let mut command = uhmm(&[&["--stats=json", "--resident", "32M", "--device", &device], options].concat());
     let child = start(command.arg(program).args(arguments));
     let name = program.file_name().unwrap().to_str().unwrap();

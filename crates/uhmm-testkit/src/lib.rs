@@ -1,8 +1,10 @@
-//! What uhmm's tests share: a process for each test, with a limit on its time.
+//! What uhmm's tests share: a process for each test, with a limit on its time; and what tests build.
 //!
 //! An engine belongs to a process, and a test that hangs must fail: so a test that uses one runs itself again as a
 //! child, and kills it when its time is up.
 #![forbid(unsafe_code)]
+
+pub mod build;
 
 use std::{
     io::Read,

@@ -11,64 +11,39 @@ use std::{
     sync::OnceLock,
 };
 
+use uhmm_testkit::build::{Dir, shared_library};
+
 const SIGKILL: i32 = 9;
 
-/// The witness, built where it is not.
+/// The witness.
 fn witness() -> &'static Path {
     static WITNESS: OnceLock<PathBuf> = OnceLock::new();
-    WITNESS.get_or_init(|| {
-        let exe = std::env::current_exe().unwrap();
-        let dir = exe.parent().and_then(Path::parent).unwrap();
-        let library = dir.join("libuhmm_witness.so");
-        let mut build = Command::new(option_env!("CARGO").unwrap_or("cargo"));
-        build.args(["build", "--quiet", "--offline", "-p", "uhmm-witness", "--target-dir"]).arg(dir.parent().unwrap());
-        if dir.ends_with("release") {
-            build.arg("--release");
-        }
-        let built = build.current_dir(env!("CARGO_MANIFEST_DIR")).status().is_ok_and(|status| status.success());
-        assert!(built || library.exists(), "{} cannot be built", library.display());
-        library
-    })
+    WITNESS.get_or_init(|| shared_library("uhmm-witness"))
 }
 
-/// What is compiled for one test, removed at its end.
-struct Dir(PathBuf);
+/// What is compiled for one test.
+trait Fixtures {
+    fn program(&self) -> PathBuf;
+    fn library(&self, source: &str) -> PathBuf;
+    fn log(&self) -> PathBuf;
+}
 
-impl Dir {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("uhmm-witness-{}-{name}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir(&path).unwrap();
-        Self(path)
-    }
-
-    fn compile(&self, source: &str, name: &str, options: &[&str]) -> PathBuf {
-        let to = self.0.join(name);
-        let mut gcc = Command::new("gcc");
-        gcc.args(["-O1", "-Wall", "-Wextra", "-Werror", "-pthread"]).args(options).arg("-o").arg(&to);
-        gcc.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join(source)).arg("-ldl");
-        let output = gcc.output().expect("gcc is installed");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        to
-    }
-
+impl Fixtures for Dir {
     fn program(&self) -> PathBuf {
-        self.compile("tests/fixtures/program.c", "program", &[])
+        self.compile(&source("tests/fixtures/program.c"), "program", &["-ldl"])
     }
 
-    fn library(&self, source: &str) -> PathBuf {
-        self.compile(source, "device.so", &["-shared", "-fPIC"])
+    fn library(&self, name: &str) -> PathBuf {
+        self.compile(&source(name), "device.so", &["-shared", "-fPIC", "-ldl"])
     }
 
     fn log(&self) -> PathBuf {
-        self.0.join("log")
+        self.join("log")
     }
 }
 
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
+fn source(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
 const DEVICE: &str = "tests/fixtures/device.c";
