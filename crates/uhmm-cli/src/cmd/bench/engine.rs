@@ -1,8 +1,10 @@
 //! What uhmm itself costs, beside the bare mechanism of the same rounds.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 use uhmm::{
-    DeviceFaultPolicy, MigrateOptions, Mirror, Mm,
+    DeviceFaultPolicy, MigrateOptions, Mirror, Mm, PageOutcome,
     addr::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, PageRange},
     device::{CopyOp, Device, DeviceError, FrameRun, Invalidation, MemoryKind, MemorySpec},
     mm::Report,
@@ -89,8 +91,16 @@ impl<D: Device> Rig<D> {
         Ok(Self { mm, mirror, area })
     }
 
+    /// A page that was touched a moment ago is busy until whoever answered the fault has done its books: it is asked for again.
     fn out(&self, range: PageRange) -> Result<()> {
-        complete(&self.mirror.migrate(range, &MigrateOptions::default()))
+        let start = Instant::now();
+        loop {
+            let report = self.mirror.migrate(range, &MigrateOptions::default());
+            if report.count(PageOutcome::Busy) == 0 || start.elapsed() > BUSY_PATIENCE {
+                return complete(&report);
+            }
+            std::thread::yield_now();
+        }
     }
 
     fn home(&self, range: PageRange) -> Result<()> {
@@ -110,6 +120,9 @@ impl<D: Device> Rig<D> {
         Ok(self.mm.close()?)
     }
 }
+
+/// How long pages are asked for that are busy.
+const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 
 fn complete(report: &Report) -> Result<()> {
     ensure!(report.is_complete(), "{:?}", report.summary().collect::<Vec<_>>());
