@@ -17,7 +17,7 @@
 //! |--|--|--|
 //! | `MIGRATE_TO_DEV`, nodes 0 and 1 | no page is present | `/proc/self/pagemap` |
 //! | | the bytes that were there are in device memory, each page's in a page of its own | hashes of the resident pages of shared mappings whose name contains `hmm_dmirror` |
-//! | `MIGRATE_TO_DEV`, nodes 2 and 3 | pages are present, in other physical pages than before, with the same bytes | page map, with privileges; hashes |
+//! | `MIGRATE_TO_DEV`, nodes 2 and 3 | pages are present, in other physical pages than before (but for one in 64), with the same bytes | page map, with privileges; hashes |
 //! | `EXCLUSIVE` | no page is present | page map |
 //! | | its physical page is mapped elsewhere, or at least its bytes are | page map of private anonymous mappings, with privileges; else hashes |
 //! | these three | the program was given these bytes | hashes |
