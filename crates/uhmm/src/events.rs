@@ -52,7 +52,8 @@ impl<O: Os> Core<O> {
     /// # Locking
     /// The caller holds no page and is outside the gate.
     pub(crate) fn pump(&'static self, ctx: &mut Ctx) -> Pumped {
-        let mut sleepers = Sleepers::new(|pages| self.os.wake(pages));
+        // Who may serve no more faults lets them wait for whoever keeps this thread from serving its own.
+        let mut sleepers = (ctx.depth >= MAX_DEPTH).then(|| Sleepers::new(|pages| self.os.wake(pages)));
         let fault = {
             let mut reader = self.lock_reader();
             self.gate.close();
@@ -63,9 +64,10 @@ impl<O: Os> Core<O> {
                     reader.arrivals.clear();
                 }
             }
-            // Who may serve no more faults lets them wait for whoever keeps this thread from serving its own.
-            let next =
-                if ctx.depth < MAX_DEPTH { self.next_event() } else { sleepers.next_change(|| self.next_event()) };
+            let next = match &mut sleepers {
+                None => self.next_event(),
+                Some(sleepers) => sleepers.next_change(|| self.next_event()),
+            };
             let fault = match next {
                 Ok(None) => None,
                 Ok(Some(Event::Fault { addr, tid })) => Some((addr, tid)),
@@ -165,9 +167,13 @@ impl<O: Os> Core<O> {
 
     /// Whether a `munmap` of `range` was refused because something in it is sealed. Linux 6.18 says that it was done.
     fn was_refused(&self, range: PageRange) -> bool {
+        let vma = |at| self.os.vma(at).ok().flatten();
+        // Nothing is left there, most likely, and nothing more to be looked at.
+        if !vma(range.start()).is_some_and(|vma| vma.range.overlaps(range)) {
+            return false;
+        }
         let away = self.any_unsettled(range).map(|(block, i)| block.page(i));
-        // Nothing is there now, most likely.
-        let is_there = |page| self.os.vma(page).is_ok_and(|vma| vma.is_some_and(|vma| vma.range.contains(page)));
+        let is_there = |page| vma(page).is_some_and(|vma| vma.range.contains(page));
         away.is_some_and(is_there) && self.os.is_any_sealed(range)
     }
 
