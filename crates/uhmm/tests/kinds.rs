@@ -43,13 +43,18 @@ fn expect_all(world: &World, area: &Area, outcome: PageOutcome) {
     assert_eq!(world.mm.pages_away(), if outcome == PageOutcome::Moved { area.pages } else { 0 });
 }
 
+/// Pages of a private mapping of a file, none of which was written.
+fn pages_of_a_file() -> Area {
+    let exe = File::open("/proc/self/exe").unwrap();
+    let start = Via::Libc.mmap(0, 32 * PAGE, RW, libc::MAP_PRIVATE, exe.as_raw_fd()).unwrap();
+    Area { start, pages: 32 }
+}
+
 #[test]
 fn private_file_pages_stay() {
     isolated!(|| {
         let world = World::new(16)?;
-        let exe = File::open("/proc/self/exe").unwrap();
-        let at = Via::Libc.mmap(0, 32 * PAGE, RW, libc::MAP_PRIVATE, exe.as_raw_fd()).unwrap();
-        let area = Area { start: at, pages: 32 };
+        let area = pages_of_a_file();
         let magic = peek(area.start);
         expect_all(&world, &area, PageOutcome::FileBacked);
         // Also those that the process has written and so made its own.
@@ -67,9 +72,7 @@ fn written_pages_of_a_private_file_can_be_made_to_move() {
     static OWN: AtomicU64 = AtomicU64::new(1);
     isolated!(|| {
         let world = World::new(16)?;
-        let exe = File::open("/proc/self/exe").unwrap();
-        let at = Via::Libc.mmap(0, 32 * PAGE, RW, libc::MAP_PRIVATE, exe.as_raw_fd()).unwrap();
-        let area = Area { start: at, pages: 32 };
+        let area = pages_of_a_file();
         let magic = peek(area.start);
         let written = [3, 4, 9];
         written.iter().for_each(|&n| write_page(area.page(n), 1, n));
